@@ -1,0 +1,163 @@
+"""Settings: TOML files and --key=value flags, later ones win, into frozen dataclasses.
+
+    python train.py configs/a.toml configs/b.toml --attention=mqa --max_steps=100
+
+A key is a field of one of the dataclasses that the entry point hands to `parse`. Its type and its one-line
+explanation stand together, so `--help` can never disagree with the code:
+
+    n_head: Annotated[int, "query heads"] = 12
+"""
+
+import dataclasses
+import difflib
+import errno
+import sys
+import tomllib
+import typing
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A failure the user can mend: one line saying what was wrong, what was given and what to do."""
+
+
+def run(main):
+    """Run an entry point. What the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        sys.exit(1)  # the reader (`| head`) has gone: nothing to say, nobody to say it to
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        fail(f"{error.strerror}: {error.filename or 'while writing'}; free or choose another place and run again")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse(argv, *schemas, usage):
+    """Read the command line against frozen dataclasses.
+
+    argv:    arguments: `*.toml` files, `--key=value` flags and free words, in any order
+    schemas: dataclasses; a key that two of them share is given to both
+    usage:   what `--help` prints above the keys
+
+    Returns (words, instance of each schema in order, ...). Raises UserError.
+    """
+    hints = {}
+    for schema in schemas:
+        hints.update(typing.get_type_hints(schema, include_extras=True))
+    words, given = [], {}
+    for argument in argv:
+        if argument in ("-h", "--help"):
+            print(help_text(schemas, usage))
+            sys.exit(0)
+        elif argument.startswith("--"):
+            key, equals, text = argument[2:].partition("=")
+            hint = hint_of(key, hints)
+            if not equals:
+                raise UserError(f"--{key} has no value; write --{key}=VALUE ({takes(hint)})")
+            given[key] = from_text(key, text, hint)
+        elif argument.endswith(".toml"):
+            for key, value in read_toml(argument).items():
+                given[key] = checked(f"{key} (in {argument})", value, hint_of(key, hints, argument))
+        elif argument.startswith("-"):
+            raise UserError(f"unknown flag {argument}; flags are written --key=value, see --help")
+        else:
+            words.append(argument)
+    return words, *(build(schema, given) for schema in schemas)
+
+
+def build(schema, values):
+    """An instance of the dataclass from those of the values that are its fields; its ValueErrors become UserErrors."""
+    names = {field.name for field in dataclasses.fields(schema)}
+    try:
+        return schema(**{key: value for key, value in values.items() if key in names})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def read_toml(path):
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        near = sorted(str(p) for p in Path(path).parent.glob("*.toml")) or ["none in that folder"]
+        raise UserError(f"no settings file {path}; there are: {', '.join(near)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+
+
+def hint_of(key, hints, path=None):
+    """The annotated type of a key, or a UserError that names the nearest key there is."""
+    if key in hints:
+        return hints[key]
+    near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
+    where = f" in {path}" if path else ""
+    raise UserError(f"unknown key {key!r}{where}; the nearest is {near[0]!r} (see --help for all)")
+
+
+def explained(hint):
+    """Split Annotated[type, explanation] into (type, explanation)."""
+    kind, explanation = typing.get_args(hint)
+    return kind, explanation
+
+
+def takes(hint):
+    """What a key takes, in words: `int`, `true|false`, `mha|mqa|gqa|swa`."""
+    kind, _ = explained(hint)
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(str(choice) for choice in typing.get_args(kind))
+    return "true|false" if kind is bool else kind.__name__
+
+
+def from_text(key, text, hint):
+    """The value of a command-line flag."""
+    kind, _ = explained(hint)
+    value = text
+    try:
+        if kind is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif kind in (int, float):
+            value = kind(text)
+    except (KeyError, ValueError):
+        raise wrong_type(key, text, hint) from None
+    return checked(key, value, hint)
+
+
+def checked(key, value, hint):
+    """The value if it fits its type. An int passes for a float, and nothing else for anything else."""
+    kind, _ = explained(hint)
+    if typing.get_origin(kind) is typing.Literal:
+        if value in typing.get_args(kind):
+            return value
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise wrong_type(key, value, hint)
+
+
+def wrong_type(key, value, hint):
+    return UserError(f"{key} takes {takes(hint)}, got {value!r}")
+
+
+def help_text(schemas, usage):
+    rows, seen = [], set()
+    for schema in schemas:
+        hints = typing.get_type_hints(schema, include_extras=True)
+        for field in dataclasses.fields(schema):
+            if field.name not in seen:
+                seen.add(field.name)
+                _, explanation = explained(hints[field.name])
+                default = str(field.default).lower() if isinstance(field.default, bool) else repr(field.default)
+                rows.append((f"  --{field.name}={takes(hints[field.name])}", f"[{default}]", explanation))
+    wide = max(len(row[0]) for row in rows)
+    return "\n".join([usage.strip(), "", "keys, with [default]:"] + [f"{a:<{wide}}  {b}  {c}" for a, b, c in rows])
