@@ -48,6 +48,9 @@ class ModelConfig:
             least = int(key in at_least_one)
             if getattr(self, key) < least:
                 raise ValueError(f"{key} takes {least} or more, got {getattr(self, key)}")
+        for key in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key} takes a number above 0, got {getattr(self, key)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout takes a probability in [0, 1), got {self.dropout}")
         if not self.head_dim and self.n_embd % self.n_head:
@@ -239,7 +242,7 @@ class GPT(nn.Module):
         """
 
         def draw(weight, name, std):
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=generator))
 
         for name, parameter in self.named_parameters():

@@ -1,0 +1,157 @@
+"""Checkpoints on disk: complete or absent, and never a pickle.
+
+    out/NAME/checkpoints/step-000500/   model.safetensors, optimizer.safetensors, state.json
+
+A checkpoint is written under a temporary name and renamed last, so a process killed at any moment leaves only whole
+checkpoints behind. state.json is plain JSON: step, losses, the resolved model settings and the tokenizer.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from config import UserError, build
+from model import GPT, ModelConfig
+
+UNFINISHED = ".unfinished"  # ends the names of folders that are being written or removed
+
+
+def save(run_folder, model, optimizer, state, keep):
+    """Write a checkpoint of step state["step"] and drop old ones.
+
+    state: JSON values; "val_loss" is the validation loss of these very weights, or None
+    keep:  how many of the newest stay; the one with the lowest val_loss stays besides
+
+    Returns its folder. Raises UserError when it cannot be written; earlier checkpoints are untouched then.
+    """
+    folder = Path(run_folder, "checkpoints", f"step-{state['step']:06d}")
+    if folder.exists():  # a run stopped right where it resumed: these very weights
+        return folder
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    state = {**state, "model": dataclasses.asdict(model.config)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
+        unfinished.mkdir()
+        save_file(model_tensors(model), unfinished / "model.safetensors")
+        save_file(optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
+        (unfinished / "state.json").write_text(json.dumps(state, indent=1))
+        unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {error}; earlier checkpoints are whole, free some space and resume") from None
+    prune(run_folder, keep)
+    return folder
+
+
+def model_tensors(model):
+    """Parameters by name, each stored once: a tied output head is the embedding."""
+    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimizer's state as `parameter/key` tensors, so that it is bound to names and not to an order."""
+    return {
+        f"{name}/{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def complete(run_folder):
+    """The checkpoints of a run, oldest first."""
+    folders = Path(run_folder, "checkpoints").glob("step-*")
+    return sorted((f for f in folders if not f.name.endswith(UNFINISHED)), key=lambda f: int(f.name.split("-")[1]))
+
+
+def newest(run_folder):
+    """The folder of the newest checkpoint, or None."""
+    return next(reversed(complete(run_folder)), None)
+
+
+def best(run_folder):
+    """The folder of the checkpoint with the lowest validation loss, or None when none was evaluated."""
+    losses = {folder: read_state(folder)["val_loss"] for folder in complete(run_folder)}
+    evaluated = {folder: loss for folder, loss in losses.items() if loss is not None}
+    return min(evaluated, key=evaluated.get, default=None)
+
+
+def prune(run_folder, keep):
+    spared = {*complete(run_folder)[-keep:], best(run_folder)}
+    for folder in complete(run_folder):
+        if folder not in spared:
+            remove(folder)
+
+
+def remove(folder):
+    """Rename first: a half-removed folder must not look like a checkpoint."""
+    doomed = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(checkpoints):
+    """Clear away what a killed process left half-written or half-removed."""
+    for leftover in checkpoints.glob(f"*{UNFINISHED}"):
+        shutil.rmtree(leftover)
+
+
+def read_state(folder):
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from None
+
+
+def read_tensors(path, device="cpu"):
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise damaged(path.parent, error) from None
+
+
+def damaged(folder, error):
+    return UserError(f"checkpoint {folder} cannot be read: {error}; remove that folder to use the one before it")
+
+
+def load_weights(folder, model):
+    """Fill the model with a checkpoint's parameters, in the model's dtype and on its device."""
+    tensors = read_tensors(folder / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            found = list(tensors[name].shape) if name in tensors else "nothing"
+            raise UserError(f"checkpoint {folder} does not fit: {name} is {list(parameter.shape)} here, {found} there")
+        parameter.data.copy_(tensors[name])
+
+
+def load_optimizer(folder, model, optimizer):
+    tensors = read_tensors(folder / "optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
+
+
+def load_model(run_folder, device, dtype, which="newest"):
+    """A model ready to decode.
+
+    run_folder: out/NAME as train.py writes it
+    which:      "newest" or "best" (lowest validation loss)
+
+    Returns (GPT in evaluation mode, state dict with "step", "val_loss", "tokenizer"). Raises UserError.
+    """
+    if not Path(run_folder).is_dir():
+        raise UserError(f"no run folder {run_folder}; train first, or give the out_dir of a run")
+    folder = best(run_folder) if which == "best" else newest(run_folder)
+    if folder is None:
+        raise UserError(f"{run_folder} holds no complete checkpoint{' with a validation loss' * (which == 'best')}; train first")
+    state = read_state(folder)
+    with device:
+        model = GPT(build(ModelConfig, state["model"])).to(dtype)
+    load_weights(folder, model)
+    return model.eval(), state

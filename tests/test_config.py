@@ -1,0 +1,101 @@
+"""Settings: later ones win, and every mistake is one line that says what to do."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+from util import repository, script
+
+from config import UserError, parse
+from model import ModelConfig
+from train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Toy:
+    width: Annotated[int, "an int"] = 4
+    rate: Annotated[float, "a float"] = 0.5
+    mode: Annotated[Literal["slow", "fast"], "a choice"] = "slow"
+    name: Annotated[str, "a string"] = ""
+    flag: Annotated[bool, "a switch"] = False
+
+
+def read(*argv):
+    words, toy = parse(argv, Toy, usage="toy")
+    return words, toy
+
+
+def test_later_settings_win(tmp_path):
+    (tmp_path / "a.toml").write_text("width = 1\nrate = 2\nname = 'a'")
+    (tmp_path / "b.toml").write_text("width = 2\nflag = true")
+    words, toy = read("run", str(tmp_path / "a.toml"), str(tmp_path / "b.toml"), "--mode=fast", "--name=x=y")
+    assert words == ["run"]
+    assert toy == Toy(width=2, rate=2.0, mode="fast", name="x=y", flag=True)
+    assert isinstance(toy.rate, float)
+    assert read("--width=9", str(tmp_path / "a.toml"))[1].width == 1
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--widht=3", ["widht", "nearest", "width"]),
+        ("--width=3.5", ["width", "int", "3.5"]),
+        ("--width=", ["width", "int"]),
+        ("--width", ["width", "--width=VALUE"]),
+        ("--rate=much", ["rate", "float", "much"]),
+        ("--flag=yes", ["flag", "true|false", "yes"]),
+        ("--mode=medium", ["mode", "slow|fast", "medium"]),
+        ("-w", ["-w", "--key=value"]),
+        ("missing.toml", ["missing.toml"]),
+    ],
+)
+def test_a_mistake_names_the_key_the_value_and_what_is_taken(argument, words):
+    with pytest.raises(UserError) as error:
+        read(argument)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["width = 'four'", "width = true", "width = 1.0", "flag = 1", "mode = 3", "wide = 3", "a = ["])
+def test_a_mistake_in_a_file_names_the_file(tmp_path, text):
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(UserError, match=r"bad\.toml"):
+        read(str(tmp_path / "bad.toml"))
+
+
+def test_every_key_is_explained():
+    for schema in (ModelConfig, TrainConfig):
+        with pytest.raises(SystemExit) as done:
+            parse(["--help"], schema, usage="")
+        assert done.value.code == 0
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_help_prints_every_key(program):
+    text = script(program, "--help").stdout
+    for key in ("--seed", "--device") + (("--attention=mha|mqa|gqa|swa", "--window_pattern") if program == "train.py" else ()):
+        assert key in text
+
+
+@pytest.mark.parametrize("argument", ["--atention=mqa", "--n_kv_head=5", "--learning_rate=fast", "--attention=mqb", "x.toml", "word"])
+def test_the_program_ends_with_one_line_and_code_2(argument):
+    result = script("train.py", argument, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_shipped_configs_are_accepted_and_hold_only_what_differs():
+    import tomllib
+
+    paths = sorted((repository / "configs").glob("*.toml"))
+    assert len(paths) >= 5
+    for path in paths:
+        parse([str(path)], ModelConfig, TrainConfig, usage="")
+        for key, value in tomllib.loads(path.read_text()).items():
+            default = {**vars_of(ModelConfig), **vars_of(TrainConfig)}[key]
+            assert value != default, f"{path.name}: {key} = {value} is the default"
+
+
+def vars_of(schema):
+    return {name: field.default for name, field in schema.__dataclass_fields__.items()}

@@ -1,0 +1,29 @@
+"""What several test files share: running the programs as a user does, and a small corpus."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+repository = Path(__file__).parent.parent
+
+
+def script(*argv, check=True, timeout=120, env=None, cwd=repository):
+    """Run a program of the repository; with check, its exit code must be 0."""
+    result = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def environment(more=None):
+    """One thread a process: tests run side by side with other work, and more threads only wait for each other."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
+
+
+def metrics(run_folder, key="train/loss"):
+    """{step: value} of one key of metrics.jsonl."""
+    rows = [json.loads(line) for line in Path(run_folder, "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}

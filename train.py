@@ -1,0 +1,330 @@
+"""Train a decoder on prepared tokens.
+
+    python train.py configs/quickstart.toml
+    python train.py configs/gpt2_124m.toml --attention=gqa --out_dir=out/124m-gqa
+    torchrun --nproc_per_node=8 train.py configs/gpt2_124m.toml
+
+The same command again goes on from the newest checkpoint. SIGTERM and Ctrl-C save and exit.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import zlib
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from config import UserError, parse, run
+from data.loader import TokenData, folder_of
+from data.prepare import prepare_stdlib
+from data.tokenizer import from_spec
+from device import pick_device, pick_dtype
+from engine import generate
+from model import GPT, ModelConfig, dense_attention
+from runlog import RunLog
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    data: Annotated[str, "a name below data/, or the path of a prepared folder"] = "stdlib"
+    out_dir: Annotated[str, "run folder; wandb shows its last part as the run's name"] = "out/run"
+    seed: Annotated[int, "of the initial weights, the order of the data and dropout"] = 1
+    batch_size: Annotated[int, "sequences per optimizer step, over all devices"] = 32
+    micro_batch_size: Annotated[int, "sequences per device and forward pass; 0: the whole share, no accumulation"] = 0
+    max_steps: Annotated[int, "optimizer steps"] = 2000
+    learning_rate: Annotated[float, "its highest value"] = 6e-4
+    min_lr: Annotated[float, "its last value"] = 6e-5
+    warmup_steps: Annotated[int, "steps of linear rise"] = 100
+    lr_schedule: Annotated[Literal["cosine", "wsd"], "wsd: stable, then linear decay over the last fifth"] = "cosine"
+    weight_decay: Annotated[float, "on matrices and embeddings; vectors have none"] = 0.1
+    beta1: Annotated[float, "AdamW's"] = 0.9
+    beta2: Annotated[float, "AdamW's"] = 0.95
+    grad_clip: Annotated[float, "largest gradient norm; 0: no limit"] = 1.0
+    optimizer: Annotated[Literal["adamw"], "fused on every device"] = "adamw"
+    eval_interval: Annotated[int, "steps between evaluations; the last step always has one"] = 250
+    eval_tokens: Annotated[int, "validation tokens, the same ones every time"] = 262_144
+    log_interval: Annotated[int, "steps between progress lines"] = 10
+    save_interval: Annotated[int, "steps between checkpoints; the last step always has one"] = 250
+    keep_checkpoints: Annotated[int, "newest checkpoints kept, besides the best"] = 2
+    resume: Annotated[Literal["auto", "never"], "auto: go on from the newest checkpoint of out_dir"] = "auto"
+    init_from: Annotated[str, "run folder whose weights to start from; empty: random weights"] = ""
+    device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "auto: the best there is"] = "auto"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], "of the products; auto: bfloat16 on GPUs that have it"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "torch.compile; auto: on for CUDA"] = "auto"
+    attention_impl: Annotated[Literal["auto", "triton", "sdpa", "reference"], "auto: the fastest of this device"] = "auto"
+    wandb: Annotated[Literal["disabled", "offline", "online"], "offline writes below out_dir"] = "offline"
+    wandb_project: Annotated[str, "project name in wandb"] = "attention"
+    wandb_group: Annotated[str, "group in wandb: the runs of one experiment"] = ""
+
+    def __post_init__(self):
+        one_or_more = ("batch_size", "max_steps", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_checkpoints")
+        for key, value in dataclasses.asdict(self).items():
+            least = int(key in one_or_more)
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise ValueError(f"{key} takes {least} or more, got {value}")
+        for key in ("beta1", "beta2"):
+            if getattr(self, key) >= 1:
+                raise ValueError(f"{key} takes a number in [0, 1), got {getattr(self, key)}")
+
+
+def main(argv):
+    words, model_config, config = parse(argv, ModelConfig, TrainConfig, usage=__doc__)
+    if words:
+        raise UserError(f"train.py takes *.toml files and --key=value flags, got {words[0]!r}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if world == 1:
+        return train(model_config, config, device, rank, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(model_config, config, device, rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(model_config, config, device, rank, world):
+    micro_batch = micro_batch_size(config, world)
+    data = open_data(config, model_config, rank, world)
+    dtype = pick_dtype(config.dtype, device)
+    torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32 on CUDA
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    attend = dense_attention(config.attention_impl, device)
+
+    model = GPT(with_vocabulary(model_config, data))
+    model.init_weights(config.seed)
+    model.to(device)
+    optimizer = make_optimizer(model, config)
+    state = resume(model, optimizer, config, data)
+    net = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and device.type == "cuda") else model
+    if world > 1:
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+
+    guard = FiniteGuard(optimizer, device, rank, world)
+    log = RunLog(model, config, data, device, dtype, world, state) if rank == 0 else None
+    stop = catch_signals()
+    step = state["step"]
+    while step < config.max_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        if model.config.dropout:  # masks are a function of (seed, step, rank), so a resumed run draws the same ones
+            torch.manual_seed(zlib.crc32(f"{config.seed} {step} {rank}".encode()))
+        loss = torch.zeros((), device=device)
+        for micro, is_last in micro_batches(data, step, config.batch_size, micro_batch, rank, world):
+            # DDP decides in the forward pass whether this backward pass will reduce: both stand under no_sync
+            with contextlib.nullcontext() if is_last or world == 1 else net.no_sync():
+                x, y = to_device(micro, device)
+                with autocast:
+                    part = net(x, y, attend).mean() * (micro_batch * world / config.batch_size)
+                part.backward()
+            loss += part.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        loss = guard.watch(step, loss, grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        # The host waits for the device only at these steps; a signal is obeyed at once, or with several processes at
+        # the next such step, so that all of them leave together.
+        last = step == config.max_steps
+        due = {key: last or step % getattr(config, key) == 0 for key in ("log_interval", "eval_interval", "save_interval")}
+        if not any(due.values()) and not (stop and world == 1):
+            continue
+        stopping = guard.inspect(bool(stop))
+        if log:
+            log.progress(step, loss.item(), grad_norm.item(), learning_rate(step - 1, config))
+        val_loss = None
+        if due["eval_interval"] and not stopping:
+            val_loss, stderr = evaluate(net, data, config, micro_batch, rank, world, device, autocast, attend)
+            if log:
+                log.evaluation(step, val_loss, stderr, sample_text(model, data, config.seed))
+        if log and (due["save_interval"] or stopping):
+            state = {"step": step, "time_s": log.time_s(), "val_loss": val_loss, "tokenizer": data.tokenizer_spec}
+            checkpoint.save(config.out_dir, model, optimizer, state, config.keep_checkpoints)
+        if log:
+            log.restart_clock()
+        if stopping:
+            break
+    if log:
+        log.close(step)
+
+
+def micro_batch_size(config, world):
+    """Sequences per device and forward pass, once it is sure that the batch divides."""
+    micro = config.micro_batch_size or config.batch_size // world
+    if micro == 0 or config.batch_size % (micro * world):
+        raise UserError(
+            f"batch_size={config.batch_size} must be a multiple of micro_batch_size={config.micro_batch_size or micro} "
+            f"times the number of processes, {world}"
+        )
+    return micro
+
+
+def open_data(config, model_config, rank, world):
+    """The prepared tokens; the standard library's are prepared here when they are missing."""
+    folder = folder_of(config.data)
+    if config.data == "stdlib" and not folder.exists() and rank == 0:
+        prepare_stdlib(folder)
+    if world > 1:
+        dist.barrier()
+    return TokenData(folder, model_config.max_seq_len, config.seed)
+
+
+def with_vocabulary(model_config, data):
+    if model_config.vocab_size == 0:
+        return dataclasses.replace(model_config, vocab_size=data.vocab_size)
+    if model_config.vocab_size < data.vocab_size:
+        raise UserError(
+            f"vocab_size={model_config.vocab_size} is smaller than the tokenizer's {data.vocab_size}; "
+            f"take that, more, or 0 for the tokenizer's"
+        )
+    return model_config
+
+
+def make_optimizer(model, config):
+    """AdamW with weight decay on matrices only. Fused, because `FiniteGuard` needs its found_inf."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def resume(model, optimizer, config, data):
+    """Fill model and optimizer from the newest checkpoint, or the model from init_from. Returns the state to go on from."""
+    folder = checkpoint.newest(config.out_dir)
+    if folder and config.resume == "never":
+        raise UserError(f"{config.out_dir} holds checkpoints and resume=never; give another out_dir or remove that folder")
+    source = folder or (config.init_from and checkpoint.newest(config.init_from))
+    if source is None:
+        raise UserError(f"init_from={config.init_from} holds no complete checkpoint; give the out_dir of a run")
+    if source:
+        saved = checkpoint.read_state(source)
+        there = {**saved["model"], "tokenizer": saved["tokenizer"]}
+        here = {**dataclasses.asdict(model.config), "tokenizer": data.tokenizer_spec}
+        changed = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
+        if changed:
+            raise UserError(f"{source} was trained with other settings; give another out_dir, or mend: {'; '.join(changed)}")
+        checkpoint.load_weights(source, model)
+    if not folder:
+        return {"step": 0, "time_s": 0.0}
+    checkpoint.load_optimizer(folder, model, optimizer)
+    return saved
+
+
+def learning_rate(step, config):
+    """Linear rise, then half a cosine (Loshchilov and Hutter 2017) or stable-then-linear (Hu et al. 2024, section 4)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = min(1.0, (config.max_steps - step) / max(1, config.max_steps // 5))
+    return config.min_lr + share * (config.learning_rate - config.min_lr)
+
+
+def micro_batches(data, step, batch_size, micro_batch, rank, world):
+    """This process's share of the step's batch, piece by piece: (array (micro_batch, T + 1), is it the last)."""
+    for start in range(rank * micro_batch, batch_size, micro_batch * world):
+        rows = slice(start, start + micro_batch)
+        yield data.train_batch(step, batch_size, rows), start + micro_batch * world >= batch_size
+
+
+def to_device(rows, device):
+    """(B, T + 1) token ids to inputs and targets, (B, T) each; the copy to a GPU does not wait for it."""
+    rows = torch.from_numpy(rows)
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+class FiniteGuard:
+    """Stops before the first update whose loss or gradient norm is not finite, without waiting for the device.
+
+    From that step on the flag stays up, and the fused optimizer skips every update while it is: the weights remain
+    those of the last good step until the host looks, which it does when it reads the loss anyway.
+    """
+
+    def __init__(self, optimizer, device, rank, world):
+        self.rank, self.world = rank, world
+        self.broken = optimizer.found_inf = torch.zeros((), device=device)
+        self.first = torch.zeros((), device=device)  # the step where it went up
+        self.guilty = torch.zeros(world, device=device)  # ranks whose own loss was not finite then
+
+    def watch(self, step, loss, grad_norm):
+        """Note this step's health. Takes the rank's own loss, returns the mean over all ranks."""
+        mean = loss.clone()
+        if self.world > 1:
+            dist.all_reduce(mean)
+            mean /= self.world
+        newly = ~(mean + grad_norm).isfinite() & (self.broken == 0)
+        self.guilty[self.rank] += newly & ~loss.isfinite()
+        self.first += newly * (step + 1)
+        self.broken += newly
+        return mean
+
+    def inspect(self, stop):
+        """Wait for the device and raise UserError if the flag is up. Returns whether any rank was told to stop."""
+        report = torch.cat([self.guilty, self.guilty.new_tensor([stop])])
+        if self.world > 1:
+            dist.all_reduce(report)
+        if self.broken.item():
+            ranks = report[:-1].nonzero().flatten().tolist()
+            where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else f"the gradient norm (rank {self.rank})"
+            raise UserError(
+                f"{where} is not finite at step {int(self.first.item())}; training stopped before that update and the "
+                f"last checkpoint is kept; lower learning_rate, or look at the data of that step"
+            )
+        return report[-1].item() > 0
+
+
+@torch.no_grad()
+def evaluate(net, data, config, micro_batch, rank, world, device, autocast, attend):
+    """Mean loss on the fixed validation tokens and its standard error over sequences; dropout is off.
+
+    Sums are divided once at the end, so neither batch size nor number of processes moves the result.
+    """
+    net.eval()
+    rows = data.num_val_rows(config.eval_tokens)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    for start in range(rank * micro_batch, rows, micro_batch * world):
+        x, y = to_device(data.val_rows(config.eval_tokens, slice(start, min(start + micro_batch, rows))), device)
+        with autocast:
+            losses = net(x, y, attend).mean(dim=1).to(sums)
+        sums += torch.stack([losses.sum(), losses.square().sum()])
+    net.train()
+    if world > 1:
+        dist.all_reduce(sums)
+    mean, square = (sums / rows).tolist()
+    return mean, math.sqrt(max(0.0, square - mean**2) / max(1, rows - 1))
+
+
+def sample_text(model, data, seed):
+    """A hundred tokens that the model writes by itself, to see what a loss means."""
+    tokenizer = from_spec(data.tokenizer_spec)
+
+
+def catch_signals():
+    """A list that gets the name of SIGTERM or SIGINT when one comes; a second one kills as usual."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return caught
+
+
+if __name__ == "__main__":
+    run(main)
