@@ -10,7 +10,6 @@ explanation stand together, so `--help` can never disagree with the code:
 
 import dataclasses
 import difflib
-import errno
 import sys
 import tomllib
 import typing
@@ -29,10 +28,8 @@ def run(main):
         fail(str(error))
     except BrokenPipeError:
         sys.exit(1)  # the reader (`| head`) has gone: nothing to say, nobody to say it to
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
-        fail(f"{error.strerror}: {error.filename or 'while writing'}; free or choose another place and run again")
+    except OSError as error:  # a full disk, a folder that may not be written, a file where a folder should be
+        fail(f"{error.strerror or error}: {error.filename or 'while writing'}; mend that or name another place, then run again")
     except KeyboardInterrupt:
         sys.exit(130)
 

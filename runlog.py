@@ -33,7 +33,7 @@ class RunLog:
         facts = {
             "model": dataclasses.asdict(model.config),
             "train": dataclasses.asdict(config),
-            "data": {"tokenizer": data.tokenizer_spec["name"], "source": data.meta["source"]},
+            "data": {key: value for key, value in data.meta.items() if key != "tokenizer"},
             "params": model.num_params(),
             "flops_per_token": self.flops_per_token,
             "kv_bytes_per_token": model.kv_bytes_per_token(dtype.itemsize),

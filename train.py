@@ -24,9 +24,7 @@ import checkpoint
 from config import UserError, parse, run
 from data.loader import TokenData, folder_of
 from data.prepare import prepare_stdlib
-from data.tokenizer import from_spec
 from device import pick_device, pick_dtype
-from engine import generate
 from model import GPT, ModelConfig, dense_attention
 from runlog import RunLog
 
@@ -74,56 +72,74 @@ class TrainConfig:
                 raise ValueError(f"{key} takes a number in [0, 1), got {getattr(self, key)}")
 
 
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started; alone, rank 0 of 1."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
 def main(argv):
     words, model_config, config = parse(argv, ModelConfig, TrainConfig, usage=__doc__)
     if words:
         raise UserError(f"train.py takes *.toml files and --key=value flags, got {words[0]!r}")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world, index = (int(os.environ.get(key, start)) for key, start in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    process = Process(rank, world, pick_device(config.device, index))
     if world == 1:
-        return train(model_config, config, device, rank, world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return train(model_config, config, process)
+    on_cuda = process.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(process.device)
+    dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
-        train(model_config, config, device, rank, world)
+        train(model_config, config, process)
     finally:
         dist.destroy_process_group()
 
 
-def train(model_config, config, device, rank, world):
+def train(model_config, config, process):
+    device, world = process.device, process.world
+    on_cuda = device.type == "cuda"
     micro_batch = micro_batch_size(config, world)
-    data = open_data(config, model_config, rank, world)
+    data = open_data(config, model_config, process)
     dtype = pick_dtype(config.dtype, device)
-    torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32 on CUDA
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     attend = dense_attention(config.attention_impl, device)
+    torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32 on CUDA
 
     model = GPT(with_vocabulary(model_config, data))
     model.init_weights(config.seed)
     model.to(device)
     optimizer = make_optimizer(model, config)
     state = resume(model, optimizer, config, data)
-    net = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and device.type == "cuda") else model
+    net = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and on_cuda) else model
     if world > 1:
-        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+        net = DistributedDataParallel(net, device_ids=[device.index] if on_cuda else None)
 
-    guard = FiniteGuard(optimizer, device, rank, world)
-    log = RunLog(model, config, data, device, dtype, world, state) if rank == 0 else None
+    def losses(rows):
+        """(B, T + 1) token ids to (B, T) losses."""
+        rows = torch.from_numpy(rows)
+        if on_cuda:  # from pinned memory the copy does not wait for the device
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return net(rows[:, :-1], rows[:, 1:], attend)
+
+    guard = FiniteGuard(optimizer, process)
+    log = RunLog(model, config, data, device, dtype, world, state) if process.rank == 0 else None
     stop = catch_signals()
     step = state["step"]
     while step < config.max_steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         if model.config.dropout:  # masks are a function of (seed, step, rank), so a resumed run draws the same ones
-            torch.manual_seed(zlib.crc32(f"{config.seed} {step} {rank}".encode()))
+            torch.manual_seed(zlib.crc32(f"{config.seed} {step} {process.rank}".encode()))
         loss = torch.zeros((), device=device)
-        for micro, is_last in micro_batches(data, step, config.batch_size, micro_batch, rank, world):
-            # DDP decides in the forward pass whether this backward pass will reduce: both stand under no_sync
+        for rows, is_last in micro_batches(data, step, config.batch_size, micro_batch, process):
+            # DDP decides in the forward pass whether the backward pass will reduce: both stand under no_sync
             with contextlib.nullcontext() if is_last or world == 1 else net.no_sync():
-                x, y = to_device(micro, device)
-                with autocast:
-                    part = net(x, y, attend).mean() * (micro_batch * world / config.batch_size)
+                part = losses(rows).mean() * (micro_batch * world / config.batch_size)
                 part.backward()
             loss += part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -135,21 +151,25 @@ def train(model_config, config, device, rank, world):
         # The host waits for the device only at these steps; a signal is obeyed at once, or with several processes at
         # the next such step, so that all of them leave together.
         last = step == config.max_steps
-        due = {key: last or step % getattr(config, key) == 0 for key in ("log_interval", "eval_interval", "save_interval")}
-        if not any(due.values()) and not (stop and world == 1):
+        log_due, eval_due, save_due = (
+            last or step % interval == 0 for interval in (config.log_interval, config.eval_interval, config.save_interval)
+        )
+        if not (log_due or eval_due or save_due or (stop and world == 1)):
             continue
         stopping = guard.inspect(bool(stop))
         if log:
             log.progress(step, loss.item(), grad_norm.item(), learning_rate(step - 1, config))
         val_loss = None
-        if due["eval_interval"] and not stopping:
-            val_loss, stderr = evaluate(net, data, config, micro_batch, rank, world, device, autocast, attend)
+        if eval_due and not stopping:
+            net.eval()
+            val_loss, stderr = evaluate(losses, data, config.eval_tokens, micro_batch, process)
             if log:
                 log.evaluation(step, val_loss, stderr, sample_text(model, data, config.seed))
-        if log and (due["save_interval"] or stopping):
-            state = {"step": step, "time_s": log.time_s(), "val_loss": val_loss, "tokenizer": data.tokenizer_spec}
-            checkpoint.save(config.out_dir, model, optimizer, state, config.keep_checkpoints)
+            net.train()
         if log:
+            if save_due or stopping:
+                state = {"step": step, "time_s": log.time_s(), "val_loss": val_loss, "tokenizer": data.tokenizer_spec}
+                checkpoint.save(config.out_dir, model, optimizer, state, config.keep_checkpoints)
             log.restart_clock()
         if stopping:
             break
@@ -168,12 +188,12 @@ def micro_batch_size(config, world):
     return micro
 
 
-def open_data(config, model_config, rank, world):
+def open_data(config, model_config, process):
     """The prepared tokens; the standard library's are prepared here when they are missing."""
     folder = folder_of(config.data)
-    if config.data == "stdlib" and not folder.exists() and rank == 0:
+    if config.data == "stdlib" and not folder.exists() and process.rank == 0:
         prepare_stdlib(folder)
-    if world > 1:
+    if process.world > 1:
         dist.barrier()
     return TokenData(folder, model_config.max_seq_len, config.seed)
 
@@ -231,20 +251,11 @@ def learning_rate(step, config):
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-def micro_batches(data, step, batch_size, micro_batch, rank, world):
+def micro_batches(data, step, batch_size, micro_batch, process):
     """This process's share of the step's batch, piece by piece: (array (micro_batch, T + 1), is it the last)."""
-    for start in range(rank * micro_batch, batch_size, micro_batch * world):
-        rows = slice(start, start + micro_batch)
-        yield data.train_batch(step, batch_size, rows), start + micro_batch * world >= batch_size
-
-
-def to_device(rows, device):
-    """(B, T + 1) token ids to inputs and targets, (B, T) each; the copy to a GPU does not wait for it."""
-    rows = torch.from_numpy(rows)
-    if device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
+    stride = micro_batch * process.world
+    for start in range(process.rank * micro_batch, batch_size, stride):
+        yield data.train_batch(step, batch_size, slice(start, start + micro_batch)), start + stride >= batch_size
 
 
 class FiniteGuard:
@@ -254,20 +265,20 @@ class FiniteGuard:
     those of the last good step until the host looks, which it does when it reads the loss anyway.
     """
 
-    def __init__(self, optimizer, device, rank, world):
-        self.rank, self.world = rank, world
-        self.broken = optimizer.found_inf = torch.zeros((), device=device)
-        self.first = torch.zeros((), device=device)  # the step where it went up
-        self.guilty = torch.zeros(world, device=device)  # ranks whose own loss was not finite then
+    def __init__(self, optimizer, process):
+        self.process = process
+        self.broken = optimizer.found_inf = torch.zeros((), device=process.device)
+        self.first = torch.zeros((), device=process.device)  # the step where it went up
+        self.guilty = torch.zeros(process.world, device=process.device)  # ranks whose own loss was not finite then
 
     def watch(self, step, loss, grad_norm):
         """Note this step's health. Takes the rank's own loss, returns the mean over all ranks."""
         mean = loss.clone()
-        if self.world > 1:
+        if self.process.world > 1:
             dist.all_reduce(mean)
-            mean /= self.world
+            mean /= self.process.world
         newly = ~(mean + grad_norm).isfinite() & (self.broken == 0)
-        self.guilty[self.rank] += newly & ~loss.isfinite()
+        self.guilty[self.process.rank] += newly & ~loss.isfinite()
         self.first += newly * (step + 1)
         self.broken += newly
         return mean
@@ -275,11 +286,11 @@ class FiniteGuard:
     def inspect(self, stop):
         """Wait for the device and raise UserError if the flag is up. Returns whether any rank was told to stop."""
         report = torch.cat([self.guilty, self.guilty.new_tensor([stop])])
-        if self.world > 1:
+        if self.process.world > 1:
             dist.all_reduce(report)
         if self.broken.item():
             ranks = report[:-1].nonzero().flatten().tolist()
-            where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else f"the gradient norm (rank {self.rank})"
+            where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else f"the gradient norm (rank {self.process.rank})"
             raise UserError(
                 f"{where} is not finite at step {int(self.first.item())}; training stopped before that update and the "
                 f"last checkpoint is kept; lower learning_rate, or look at the data of that step"
@@ -288,21 +299,18 @@ class FiniteGuard:
 
 
 @torch.no_grad()
-def evaluate(net, data, config, micro_batch, rank, world, device, autocast, attend):
-    """Mean loss on the fixed validation tokens and its standard error over sequences; dropout is off.
+def evaluate(losses, data, eval_tokens, micro_batch, process):
+    """Mean loss on the fixed validation tokens and its standard error over sequences.
 
     Sums are divided once at the end, so neither batch size nor number of processes moves the result.
     """
-    net.eval()
-    rows = data.num_val_rows(config.eval_tokens)
-    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    for start in range(rank * micro_batch, rows, micro_batch * world):
-        x, y = to_device(data.val_rows(config.eval_tokens, slice(start, min(start + micro_batch, rows))), device)
-        with autocast:
-            losses = net(x, y, attend).mean(dim=1).to(sums)
-        sums += torch.stack([losses.sum(), losses.square().sum()])
-    net.train()
-    if world > 1:
+    rows = data.num_val_rows(eval_tokens)
+    sums = torch.zeros(2, dtype=torch.float64)  # of the sequences' mean losses and of their squares
+    for start in range(process.rank * micro_batch, rows, micro_batch * process.world):
+        means = losses(data.val_rows(eval_tokens, slice(start, min(start + micro_batch, rows)))).mean(dim=1)
+        sums += torch.stack([means.sum(), means.square().sum()]).cpu()
+    if process.world > 1:
+        sums = sums.to(process.device)
         dist.all_reduce(sums)
     mean, square = (sums / rows).tolist()
     return mean, math.sqrt(max(0.0, square - mean**2) / max(1, rows - 1))
@@ -310,7 +318,7 @@ def evaluate(net, data, config, micro_batch, rank, world, device, autocast, atte
 
 def sample_text(model, data, seed):
     """A hundred tokens that the model writes by itself, to see what a loss means."""
-    tokenizer = from_spec(data.tokenizer_spec)
+    return "stub"
 
 
 def catch_signals():

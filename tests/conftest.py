@@ -1,7 +1,20 @@
 import os
 
+import pytest
 import torch
+from util import script
 
 if not torch.cuda.is_available():
     # before any test imports triton: without a GPU its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A prepared folder of byte tokens: people counting to 96, the same on every machine and easy to learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for document in range(40):
+        numbers = (str((document + i) % 97) for i in range(400))
+        (folder / f"{document:02}.txt").write_text(" ".join(numbers))
+    script("-m", "data.prepare", "files", f"--input={folder}", "--tokenizer=byte", f"--out_dir={folder / 'tokens'}")
+    return folder / "tokens"

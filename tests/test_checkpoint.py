@@ -1,0 +1,101 @@
+"""Checkpoints: whole or absent, the newest and the best kept, damage reported, never a pickle."""
+
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+from config import UserError
+from model import GPT, ModelConfig
+
+
+def make():
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=8, vocab_size=11))
+    model.init_weights(1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return model, optimizer
+
+
+def train_a_step(model, optimizer):
+    model.logits(model.features(torch.arange(8)[None], lambda layer, q, k, v, window: v)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state(step, val_loss=None):
+    return {"step": step, "val_loss": val_loss, "time_s": 0.0, "tokenizer": {"type": "byte"}}
+
+
+def names(run):
+    return [folder.name for folder in checkpoint.complete(run)]
+
+
+def test_model_and_optimizer_come_back_bit_for_bit(tmp_path):
+    model, optimizer = make()
+    train_a_step(model, optimizer)
+    folder = checkpoint.save(tmp_path, model, optimizer, state(1), keep=1)
+    other, other_optimizer = make()
+    checkpoint.load_weights(folder, other)
+    checkpoint.load_optimizer(folder, other, other_optimizer)
+    for pair in (model, optimizer), (other, other_optimizer):
+        train_a_step(*pair)
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert torch.equal(ours, theirs)
+    assert other.head.weight is other.tok_emb.weight
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    model, optimizer = make()
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None), (10, None)):
+        checkpoint.save(tmp_path, model, optimizer, state(step, loss), keep=2)
+    assert names(tmp_path) == ["step-000002", "step-000005", "step-000010"]
+    assert checkpoint.newest(tmp_path).name == "step-000010"
+    assert checkpoint.best(tmp_path).name == "step-000002"
+    assert checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32, "best")[1]["step"] == 2
+
+
+def test_a_failed_save_leaves_the_earlier_ones_and_no_rubbish(tmp_path, monkeypatch):
+    model, optimizer = make()
+    checkpoint.save(tmp_path, model, optimizer, state(1), keep=1)
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(tmp_path, model, optimizer, state(2), keep=1)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_leftovers_of_a_killed_process_are_no_checkpoints(tmp_path):
+    model, optimizer = make()
+    checkpoint.save(tmp_path, model, optimizer, state(1), keep=1)
+    leftover = tmp_path / "checkpoints" / f"step-000002{checkpoint.UNFINISHED}"
+    leftover.mkdir()
+    (leftover / "state.json").write_text("{}")
+    assert names(tmp_path) == ["step-000001"]
+    checkpoint.save(tmp_path, model, optimizer, state(3), keep=2)
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "pickle"])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, damage):
+    model, optimizer = make()
+    path = checkpoint.save(tmp_path, model, optimizer, state(1), keep=1) / file
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(UserError, match="step-000001 cannot be read"):
+        checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32)
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match="no run folder"):
+        checkpoint.load_model(tmp_path / "nowhere", torch.device("cpu"), torch.float32)
