@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from data import corpus
+from data import corpus as documents
 from data import prepare as preparation
 from data.loader import TokenData
 from data.prepare import PrepareConfig, pieces, prepare, tokenise_all
@@ -513,7 +513,7 @@ def test_download(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+    monkeypatch.setattr(documents, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
     monkeypatch.setattr(Handler, "content", b"to be or not to be")
     with pytest.raises(UserError, match="input.txt is not tinyshakespeare: sha256"):
         prepare("shakespeare", config(tmp_path, input=""))
