@@ -517,7 +517,7 @@ def test_download(tmp_path, monkeypatch):
     monkeypatch.setattr(Handler, "content", b"to be or not to be")
     with pytest.raises(UserError, match="input.txt is not tinyshakespeare: sha256"):
         prepare("shakespeare", config(tmp_path, input=""))
-    monkeypatch.setattr(preparation, "SHAKESPEARE_SHA256", hashlib.sha256(Handler.content).hexdigest())
+    monkeypatch.setattr(documents, "SHAKESPEARE_SHA256", hashlib.sha256(Handler.content).hexdigest())
     out = prepare("shakespeare", config(tmp_path, input=""))
     assert len(tokens_of(out, "train")) == 16
     server.shutdown()
