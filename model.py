@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import sdpa
+from kernels.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,16 @@ class ModelConfig:
         return tuple(self.window if pattern[i % len(pattern)] == "L" else 0 for i in range(self.n_layer))
 
 
-def dense_attention(impl, device):
-    """The `attend` of training: `impl` is a value of the key attention_impl, `device` a torch.device."""
-    attention = sdpa.attention
-    if impl == "reference":
-        from kernels import reference
-
-        attention = reference.attention
+def dense_attention(impl, device, dtype):
+    """The `attend` of training: `impl` is a value of the key attention_impl, `dtype` that of q, k and v."""
+    if impl == "auto":  # the Triton kernels are made for tensor cores, which float32 does not use
+        impl = "triton" if device.type == "cuda" and dtype != torch.float32 else "sdpa"
+    if impl == "triton":
+        from kernels.flash_attention import flash_attention as attention
+    elif impl == "sdpa":
+        from kernels.sdpa import attention
+    else:
+        from kernels.reference import attention
 
     def attend(layer, q, k, v, window):
         return attention(q, k, v, window)
@@ -142,8 +145,8 @@ class Attention(nn.Module):
         self.window = config.windows[layer]
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of q, k, v
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.out = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -162,8 +165,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.n_embd, (1 + self.gated) * config.mlp_hidden, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, (1 + self.gated) * config.mlp_hidden, bias=config.bias)
+        self.down = Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         x = self.up(x)
@@ -198,7 +201,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.tok_emb.weight
 

@@ -24,7 +24,9 @@ import checkpoint
 from config import UserError, parse, run
 from data.loader import TokenData, folder_of
 from data.prepare import prepare_stdlib
+from data.tokenizer import from_spec
 from device import pick_device, pick_dtype
+from engine import generate
 from model import GPT, ModelConfig, dense_attention
 from runlog import RunLog
 
@@ -105,7 +107,7 @@ def train(model_config, config, process):
     micro_batch = micro_batch_size(config, world)
     data = open_data(config, model_config, process)
     dtype = pick_dtype(config.dtype, device)
-    attend = dense_attention(config.attention_impl, device)
+    attend = dense_attention(config.attention_impl, device, dtype)
     torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32 on CUDA
 
     model = GPT(with_vocabulary(model_config, data))
@@ -317,8 +319,13 @@ def evaluate(losses, data, eval_tokens, micro_batch, process):
 
 
 def sample_text(model, data, seed):
-    """A hundred tokens that the model writes by itself, to see what a loss means."""
-    return "stub"
+    """What the model writes by itself, from the start of a document: a loss that one can read."""
+    tokenizer = from_spec(data.tokenizer_spec)
+    prompt = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+    tokens = min(200, model.config.max_seq_len - len(prompt))
+    stop = () if tokenizer.eot is None else (tokenizer.eot,)
+    (ids,) = generate(model, [prompt], tokens, vocab_size=tokenizer.vocab_size, stop_tokens=stop, seed=seed, temperature=0.8)
+    return tokenizer.decode(ids)
 
 
 def catch_signals():

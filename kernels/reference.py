@@ -42,3 +42,39 @@ def attention(q, k, v, window=0, scale=None):
     mask = visible(k_pos[T_k - T_q :], k_pos, window)
     probs = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return torch.einsum("bhgqk,bkhd->bqhgd", probs, v).flatten(2, 3)
+
+
+def write_pages(k, v, k_pages, v_pages, slot_mapping):
+    """Store K and V of N tokens in the slots of the pages that were chosen for them.
+
+    k, v:             (N, H_kv, D)
+    k_pages, v_pages: (num_pages, page_size, H_kv, D), written in place
+    slot_mapping:     (N,) page * page_size + offset of each token
+    """
+    k_pages.flatten(0, 1)[slot_mapping] = k  # a view: pages are contiguous
+    v_pages.flatten(0, 1)[slot_mapping] = v
+
+
+def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None):
+    """Causal attention of a packed batch of sequences whose K and V lie in pages, one sequence after the other.
+
+    q:                (N, H, D), the query tokens of all sequences in a row; those of sequence i are the rows
+                      cu_seqlens[i] up to cu_seqlens[i + 1], and they are its last positions
+    k_pages, v_pages: (num_pages, page_size, H_kv, D), K and V of the query tokens among them
+    page_table:       (num_seqs, max_pages) int32: page_table[i, j] holds the positions j * page_size and following
+    seq_lens:         (num_seqs,) int32 tokens of each sequence in the pages, on the host
+    cu_seqlens:       (num_seqs + 1,) int32 cumulative numbers of query tokens, on the host
+    window, scale:    as for `attention`
+
+    Returns (N, H, D). A slot that holds no token of the sequence is never read: it may hold anything, NaN too.
+    Source: PagedAttention, Kwon et al. 2023, section 4.1.
+    """
+    page_size = k_pages.shape[1]
+    starts = cu_seqlens.tolist()
+    outs = []
+    for i, length in enumerate(seq_lens.tolist()):
+        pages = page_table[i, : math.ceil(length / page_size)].long()
+        k = k_pages[pages].flatten(0, 1)[:length]  # (T_k, H_kv, D)
+        v = v_pages[pages].flatten(0, 1)[:length]
+        outs.append(attention(q[None, starts[i] : starts[i + 1]], k[None], v[None], window, scale)[0])
+    return torch.cat(outs)

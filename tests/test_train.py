@@ -135,7 +135,7 @@ def test_evaluation_is_one_mean_whatever_the_batch(corpus):
     data = TokenData(corpus, 32, seed=1)
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=32, vocab_size=257)).double()
     model.init_weights(1)
-    attend = dense_attention("reference", torch.device("cpu"))
+    attend = dense_attention("reference", torch.device("cpu"), torch.float64)
 
     def losses(rows):
         rows = torch.from_numpy(rows)

@@ -1,0 +1,50 @@
+"""The CPU's matrix products: the same numbers as nn.Linear, with gradients as before."""
+
+import pytest
+import torch
+from torch import nn
+
+from kernels import linear
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the products that go to oneDNN."""
+    calls, real = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_as_good_as_nn_linear(rows, bias, calls):
+    torch.manual_seed(0)
+    layer = linear.Linear(768, 1000, bias=bias)
+    x = torch.randn(1, rows, 768)
+    with torch.no_grad():
+        out, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+        truth = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert calls and out.shape == plain.shape
+    assert torch.linalg.norm(out - truth) <= 2 * torch.linalg.norm(plain - truth)
+
+
+def test_a_gradient_goes_through_torch(calls):
+    layer = linear.Linear(768, 1000)
+    layer(torch.randn(4, 768)).sum().backward()
+    assert not calls and torch.allclose(layer.bias.grad, torch.full((1000,), 4.0))
+
+
+def test_small_products_half_precision_and_autocast_go_through_torch(calls):
+    with torch.no_grad():
+        linear.Linear(8, 8)(torch.randn(4, 8))
+        assert linear.Linear(768, 1000).bfloat16()(torch.randn(4, 768).bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear.Linear(768, 1000)(torch.randn(4, 768)).dtype == torch.bfloat16
+    assert not calls
