@@ -208,12 +208,9 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < self.vocab_size)
             raise ValueError(f"token ids lie in [0, {self.vocab_size}), got {wrong}")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens takes 1 or more, got {request.max_new_tokens}")
-        if not request.temperature >= 0:  # NaN, too
-            raise ValueError(f"temperature takes 0 (greedy) or more, got {request.temperature}")
-        if request.top_k < 0:
-            raise ValueError(f"top_k takes 0 (no limit) or more, got {request.top_k}")
+        for key, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+            if not getattr(request, key) >= least:  # NaN is not
+                raise ValueError(f"{key} takes {least} or more, got {getattr(request, key)}")
         if not 0 < request.top_p <= 1:
             raise ValueError(f"top_p takes a probability in (0, 1], got {request.top_p}")
         total = len(prompt) + request.max_new_tokens
@@ -325,7 +322,7 @@ def generate(model, prompts, max_new_tokens, page_size=16, vocab_size=0, stop_to
 
     drawing: temperature, top_k, top_p of `Request`; prompt i draws with seed + i
 
-    The model must be in evaluation mode, and autocast off. Raises ValueError as `Request` and `Engine.add` do.
+    The model must be in evaluation mode, and autocast off. Raises ValueError as `Engine.add` does.
     """
     num_pages = sum(-(-(len(prompt) + max_new_tokens) // page_size) for prompt in prompts)
     engine = Engine(model, num_pages, page_size, vocab_size=vocab_size)

@@ -132,9 +132,16 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (Zhang and Sennrich 2019). Its weight follows x: autocast makes heads bfloat16."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config):
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
@@ -147,8 +154,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
         self.out = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, attend):
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)

@@ -321,10 +321,13 @@ def evaluate(losses, data, eval_tokens, micro_batch, process):
 def sample_text(model, data, seed):
     """What the model writes by itself, from the start of a document: a loss that one can read."""
     tokenizer = from_spec(data.tokenizer_spec)
-    prompt = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
-    tokens = min(200, model.config.max_seq_len - len(prompt))
-    stop = () if tokenizer.eot is None else (tokenizer.eot,)
-    (ids,) = generate(model, [prompt], tokens, vocab_size=tokenizer.vocab_size, stop_tokens=stop, seed=seed, temperature=0.8)
+    start, stop = (0, ()) if tokenizer.eot is None else (tokenizer.eot, (tokenizer.eot,))  # 0: of characters, the newline
+    tokens = min(200, model.config.max_seq_len - 1)
+    if tokens == 0:
+        return ""
+    (ids,) = generate(
+        model, [[start]], tokens, vocab_size=tokenizer.vocab_size, stop_tokens=stop, seed=seed, temperature=0.8
+    )
     return tokenizer.decode(ids)
 
 

@@ -35,10 +35,21 @@ def test_as_good_as_nn_linear(rows, bias, calls):
     assert torch.linalg.norm(out - truth) <= 2 * torch.linalg.norm(plain - truth)
 
 
-def test_a_gradient_goes_through_torch(calls):
-    layer = linear.Linear(768, 1000)
-    layer(torch.randn(4, 768)).sum().backward()
-    assert not calls and torch.allclose(layer.bias.grad, torch.full((1000,), 4.0))
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_as_good_as_nn_linear(bias, calls):
+    torch.manual_seed(0)
+    layer = linear.Linear(256, 300, bias=bias)
+    x, grad = torch.randn(4, 32, 256, requires_grad=True), torch.randn(4, 32, 300)
+
+    def gradients(product, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, *layer.parameters())]
+        return torch.autograd.grad(product(*inputs), inputs, grad.to(dtype))
+
+    ours = torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+    assert len(calls) == 3
+    plain, truth = gradients(nn.functional.linear, torch.float32), gradients(nn.functional.linear, torch.float64)
+    for a, b, c in zip(ours, plain, truth):
+        assert torch.linalg.norm(a - c) <= 2 * torch.linalg.norm(b - c)
 
 
 def test_small_products_half_precision_and_autocast_go_through_torch(calls):
