@@ -1,13 +1,17 @@
-"""Every speed figure of the project: python bench.py attention [--key=value ...]
+"""Every speed figure of the project: python bench.py NAME [--key=value ...]
 
-attention: the training kernels against every peer that is there, forward and backward, each validated before it is
-           timed. Writes results/attention.json and results/attention.png.
+attention: the training kernels against every peer that is there, forward and backward. Needs an NVIDIA GPU.
+           Writes results/attention.json and results/attention.png.
+engine:    greedy decoding with GPT-2 124M's shape and random weights, against transformers' cached generate where that
+           is installed. Runs on any device. Writes results/engine-DEVICE.json.
 
-Times are medians over rounds in which all contestants take turns, so that a change of the clock meets all of them.
+Everything is validated before it is timed. Times are medians over rounds in which all contestants take turns, so that a
+change of the clock meets all of them. The last line printed is JSON.
 """
 
 import json
 import statistics
+import time
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cache
@@ -18,8 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError, parse, run
-from device import device_name
+from device import device_name, pick_device, pick_dtype
+from engine import generate
 from kernels import reference
+from model import GPT, ModelConfig
 from runlog import git_commit, versions
 
 
@@ -51,14 +57,24 @@ WINDOWED = [Shape(1, 16, 16, T, 64, 1024) for T in (4096, 8192, 16384, 32768, 65
 
 def main(argv):
     words, config = parse(argv, BenchConfig, usage=__doc__)
-    if words != ["attention"]:
-        raise UserError(f"bench.py takes the name of a measurement, one of ['attention'], got {words}")
-    if not torch.cuda.is_available():
-        raise UserError("bench.py attention times GPU kernels and finds no NVIDIA GPU; run it on a machine that has one")
-    bench_attention(config)
+    measurements = {"attention": bench_attention, "engine": bench_engine}
+    if len(words) != 1 or words[0] not in measurements:
+        raise UserError(f"bench.py takes the name of one measurement, {' or '.join(measurements)}, got {' '.join(words) or 'none'}")
+    measurements[words[0]](config)
+
+
+def write_results(path, device, dtype, **measured):
+    """The results with what they were measured on, as a file and as the last line."""
+    facts = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    facts |= {"versions": versions(), "git_commit": git_commit(), **measured}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1))
+    print(json.dumps(facts))
 
 
 def bench_attention(config):
+    if not torch.cuda.is_available():
+        raise UserError("bench.py attention times GPU kernels and finds no NVIDIA GPU; run it on a machine that has one")
     rows = []
     print(f"{'B, H, H_kv, T, D, window':32}" + "".join(f"{name:>24}" for name in config.peers.split(",")))
     for shape in SHAPES + (SWEEP + WINDOWED if config.sweep else []):
@@ -67,14 +83,10 @@ def bench_attention(config):
         cells = [times.get(peer) for peer in config.peers.split(",")]
         text = [f"{c['forward_ms']:.3f} / {c['backward_ms']:.3f}" if c else "" for c in cells]
         print(f"{', '.join(map(str, shape)):32}" + "".join(f"{cell:>24}" for cell in text), flush=True)
-    facts = {"gpu": device_name(torch.device("cuda")), "versions": versions(), "git_commit": git_commit(), "dtype": "bfloat16"}
     folder = Path(config.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "attention.json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
+    write_results(folder / "attention.json", torch.device("cuda"), torch.bfloat16, rows=rows)
     if config.sweep:
         plot_attention(rows, folder / "attention.png")
-    first = {row["peer"]: [row["forward_ms"], row["backward_ms"]] for row in rows if shape_of(row) == SHAPES[0]}
-    print(json.dumps({**facts, "ms_forward_backward_gpt2": first}))
 
 
 def shape_of(row):
@@ -226,6 +238,68 @@ def plot_attention(rows, path):
         axis.legend()
     axes[2].set_yscale("log")
     figure.savefig(path, dpi=120)
+
+
+PROMPT, NEW = 128, 64  # tokens of a sequence in bench_engine
+
+
+def bench_engine(config):
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    model = GPT(ModelConfig(vocab_size=50257))
+    model.init_weights(1)
+    model.to(device, dtype).eval()
+    contestants = {"ours": lambda prompts, new: generate(model, prompts, new)}
+    theirs = transformers_gpt2(device, dtype)
+    if theirs:
+        contestants["transformers"] = theirs
+    validate_engine(model, device)
+    rows = []
+    for batch in (1, 16):
+        prompts = torch.randint(50257, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+        seconds = {(name, new): [] for name in contestants for new in (1, 1 + NEW)}
+        for _ in range(config.rounds):
+            for (name, new), turns in seconds.items():
+                start = time.perf_counter()
+                contestants[name](prompts, new)
+                turns.append(time.perf_counter() - start)
+        for name in contestants:
+            first, whole = (statistics.median(seconds[name, new]) for new in (1, 1 + NEW))
+            row = {"batch": batch, "engine": name, "decode_tokens_per_s": batch * NEW / (whole - first)}
+            row["whole_tokens_per_s"] = batch * (1 + NEW) / whole
+            rows.append(row)
+            print("  ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    path = Path(config.out_dir, f"engine-{device.type}.json")
+    write_results(path, device, dtype, shape="GPT-2 124M", prompt=PROMPT, new_tokens=1 + NEW, rows=rows)
+
+
+@torch.inference_mode()
+def validate_engine(model, device):
+    """Each decoded token must be the likeliest by the definition, or as likely but for rounding."""
+    (ids,) = generate(model, [[1, 2, 3]], 8)
+    tokens = torch.tensor([[1, 2, 3, *ids]], device=device)
+    features = model.features(tokens, lambda layer, q, k, v, window: reference.attention(q, k, v, window))
+    logits = model.logits(features)[0, 2:-1].float()
+    behind = (logits.amax(dim=-1) - logits.gather(1, tokens[0, 3:, None])[:, 0]).max().item()
+    if not behind < 0.05 * logits.std().item():
+        raise RuntimeError(f"decoding does not follow the model: a token is {behind:.3g} behind the likeliest")
+
+
+def transformers_gpt2(device, dtype):
+    """generate(prompts, number of new tokens) by transformers with random weights, or None without it."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel, logging
+    except ImportError:
+        return None
+    logging.set_verbosity_error()
+    model = GPT2LMHeadModel(GPT2Config()).to(device, dtype).eval()
+
+    def call(prompts, new):
+        ids = torch.tensor(prompts, device=device)
+        keys = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
+        return model.generate(ids, do_sample=False, **keys).tolist()
+
+    return call
 
 
 if __name__ == "__main__":
