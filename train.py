@@ -108,7 +108,8 @@ def train(model_config, config, process):
     data = open_data(config, model_config, process)
     dtype = pick_dtype(config.dtype, device)
     attend = dense_attention(config.attention_impl, device, dtype)
-    torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32 on CUDA
+    if on_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
 
     model = GPT(with_vocabulary(model_config, data))
     model.init_weights(config.seed)

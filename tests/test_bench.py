@@ -1,0 +1,26 @@
+"""The benchmarks: they count right and refuse what they cannot measure."""
+
+import pytest
+import torch
+from util import script
+
+from bench import Shape, attention_flops
+from kernels.reference import visible
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 32, 100])
+def test_attention_flops_count_the_visible_pairs(window):
+    pairs = visible(torch.arange(32), torch.arange(32), window).sum().item()
+    assert attention_flops(Shape(2, 4, 2, 32, 16, window)) == 2 * 4 * pairs * 16 * 4
+
+
+@pytest.mark.parametrize("words", [[], ["speed"], ["engine", "attention"]])
+def test_an_unknown_measurement_is_one_line(words):
+    result = script("bench.py", *words, check=False)
+    assert result.returncode == 2 and "attention or engine" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_attention_without_a_gpu_is_one_line():
+    result = script("bench.py", "attention", check=False)
+    assert result.returncode == 2 and "NVIDIA GPU" in result.stderr

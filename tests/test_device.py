@@ -1,0 +1,38 @@
+"""The device: automatic choice, refusal of what is not there, peaks by name."""
+
+import pytest
+import torch
+
+import device
+from config import UserError
+
+
+def test_auto_takes_the_best_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.pick_device("auto", 3) == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device.pick_device("auto") == torch.device("mps")
+    assert device.pick_device("cpu") == torch.device("cpu")
+    assert device.pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda"):
+        device.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "name, tera", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("Voodoo 2", None)]
+)
+def test_peaks_by_name(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert device.peak_flops(torch.device("cuda")) == (tera and tera * 1e12)
+    assert device.peak_flops(torch.device("cpu")) is None
+
+
+def test_peak_memory_counts_what_was_held():
+    before = device.peak_memory_gib(torch.device("cpu"))
+    torch.ones(2**27)  # half a GiB
+    assert before + 0.3 < device.peak_memory_gib(torch.device("cpu")) < before + 0.9
