@@ -4,7 +4,7 @@ import pytest
 import torch
 from util import script
 
-from bench import Shape, attention_flops
+from benchmarks.attention import Shape, attention_flops
 from kernels.reference import visible
 
 
@@ -17,10 +17,11 @@ def test_attention_flops_count_the_visible_pairs(window):
 @pytest.mark.parametrize("words", [[], ["speed"], ["engine", "attention"]])
 def test_an_unknown_measurement_is_one_line(words):
     result = script("bench.py", *words, check=False)
-    assert result.returncode == 2 and "attention or engine" in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and "attention or train or engine" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_attention_without_a_gpu_is_one_line():
-    result = script("bench.py", "attention", check=False)
+@pytest.mark.parametrize("name", ["attention", "train"])
+def test_kernels_without_a_gpu_are_one_line(name):
+    result = script("bench.py", name, check=False)
     assert result.returncode == 2 and "NVIDIA GPU" in result.stderr

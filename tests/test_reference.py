@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import paged_sdpa, reference, sdpa
 
@@ -176,3 +178,26 @@ def test_groups_stay_below_the_limit_and_cover_the_batch():
     assert group(0, window=0, max_tokens=89) == 2
     assert group(0, window=5, max_tokens=15) == 3
     assert group(4, window=0, max_tokens=1) == 5  # a sequence that is too long alone still goes
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("H_kv", [1, 4])
+@pytest.mark.parametrize("window", [0, 1, 100])
+def test_sdpa_makes_no_tensor_larger_than_its_inputs_and_output(window, H_kv):
+    """No T x T mask or score matrix: that would be 64 MiB here."""
+    q, k, v = (random(1, 8192, H, 16, dtype=torch.float32) for H in (4, H_kv, H_kv))
+    with Largest() as largest:
+        sdpa.attention(q, k, v, window)
+    assert q.nbytes <= largest.bytes <= 2 * q.nbytes

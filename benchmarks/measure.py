@@ -1,0 +1,36 @@
+"""What every benchmark needs: fair timing, and results that say what they were measured on."""
+
+import json
+import statistics
+
+import torch
+
+from device import device_name
+from runlog import git_commit, versions
+
+
+def median_ms(calls, rounds, repeats=4):
+    """{name: milliseconds a call}. A turn is several calls in a row: the first hides the launch of the others."""
+    turns = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            call()
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            turns[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(a.elapsed_time(b) / repeats for a, b in pairs) for name, pairs in turns.items()}
+
+
+def write_results(path, device, dtype, **measured):
+    """The results with what they were measured on, as a file and as the last line."""
+    facts = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    facts |= {"versions": versions(), "git_commit": git_commit(), **measured}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1))
+    print(json.dumps(facts))

@@ -1,0 +1,69 @@
+"""A training step of GPT-2 124M, compiled, with our attention kernels and with each of torch's, for each attention type."""
+
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.measure import median_ms, write_results
+from device import peak_flops
+from model import GPT, ModelConfig, dense_attention
+
+MICRO_BATCH, T = 32, 1024
+BACKENDS = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+
+
+def bench_train(config):
+    device = torch.device("cuda")
+    peers = [peer for peer in config.peers.split(",") if peer == "ours" or peer in BACKENDS]
+    rows = []
+    for attention in ("mha", "mqa", "gqa", "swa"):
+        shape = ModelConfig(vocab_size=50304, max_seq_len=T, bias=False, attention=attention)
+        tokens = torch.randint(shape.vocab_size, (MICRO_BATCH, T + 1), device=device)
+        steps, losses = {}, {}
+        for peer in peers:
+            step = make_step(shape, peer, tokens)
+            try:
+                losses[peer] = [step().item() for _ in range(3)]
+            except RuntimeError as error:  # how torch says that a backend cannot do this shape
+                print(f"{attention}, {peer}: left out ({str(error).splitlines()[0]})", flush=True)
+            else:
+                steps[peer] = step
+        validate(attention, losses)
+        flops = GPT(shape).flops_per_token(T)
+        for peer, ms in median_ms(steps, config.rounds).items():
+            speed = MICRO_BATCH * T / ms * 1000
+            row = {"attention": attention, "peer": peer, "step_ms": ms, "tokens_per_s": speed}
+            row["mfu"] = speed * flops / peak if (peak := peak_flops(device)) else None
+            rows.append(row)
+            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()), flush=True)
+        torch._dynamo.reset()  # and with it the compiled steps, which hold the models
+    write_results(Path(config.out_dir, "train.json"), device, torch.bfloat16, micro_batch=MICRO_BATCH, seq_len=T, rows=rows)
+
+
+def make_step(shape, peer, tokens):
+    """step() does what a step of train.py does on the device, and returns the loss."""
+    model = GPT(shape)
+    model.init_weights(1)
+    model.to(tokens.device)
+    net = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
+    attend = dense_attention("triton" if peer == "ours" else "sdpa", tokens.device, torch.bfloat16)
+
+    def step():
+        with sdpa_kernel(BACKENDS.get(peer, SDPBackend.MATH)), torch.autocast("cuda", torch.bfloat16):
+            loss = net(tokens[:, :-1], tokens[:, 1:], attend).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def validate(attention, losses):
+    """The same losses over three updates, whoever computes attention."""
+    for values in zip(*losses.values(), strict=True):
+        if not max(values) - min(values) < 0.02:
+            raise RuntimeError(f"{attention}: the losses differ by contestant: {losses}")
