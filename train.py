@@ -116,9 +116,7 @@ def train(model_config, config, process):
     model.to(device)
     optimizer = make_optimizer(model, config)
     state = resume(model, optimizer, config, data)
-    net = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and on_cuda) else model
-    if world > 1:
-        net = DistributedDataParallel(net, device_ids=[device.index] if on_cuda else None)
+    net = compiled_and_parallel(model, config, process)
 
     def losses(rows):
         """(B, T + 1) token ids to (B, T) losses."""
@@ -178,6 +176,14 @@ def train(model_config, config, process):
             break
     if log:
         log.close(step)
+
+
+def compiled_and_parallel(model, config, process):
+    on_cuda = process.device.type == "cuda"
+    net = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and on_cuda) else model
+    if process.world > 1:
+        net = DistributedDataParallel(net, device_ids=[process.device.index] if on_cuda else None)
+    return net
 
 
 def micro_batch_size(config, world):

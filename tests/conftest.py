@@ -2,7 +2,10 @@ import os
 
 import pytest
 import torch
-from util import script
+from util import repository, script
+
+from config import UserError
+from data.tokenizer import load
 
 if not torch.cuda.is_available():
     # before any test imports triton: without a GPU its kernels run in the interpreter
@@ -18,3 +21,15 @@ def corpus(tmp_path_factory):
         (folder / f"{document:02}.txt").write_text(" ".join(numbers))
     script("-m", "data.prepare", "files", f"--input={folder}", "--tokenizer=byte", f"--out_dir={folder / 'tokens'}")
     return folder / "tokens"
+
+
+@pytest.fixture
+def r50k(monkeypatch):
+    """GPT-2's tokenizer, where its tables are on this machine or can be fetched."""
+    cache = repository.parent / "shared" / "tiktoken_cache"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and cache.is_dir():
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    try:
+        return load("r50k_base")
+    except UserError as error:
+        pytest.skip(str(error))

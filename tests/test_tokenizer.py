@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +13,6 @@ from data.tokenizer import from_spec, load
 
 REPO = Path(__file__).parents[1]
 TEXT = "Naïve café, 日本 🙂\r\n\tdef f(x): return x\0 <|endoftext|>"
-
-
-@pytest.fixture
-def r50k(monkeypatch):
-    cache = REPO.parent / "shared" / "tiktoken_cache"
-    if "TIKTOKEN_CACHE_DIR" not in os.environ and cache.is_dir():
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    try:
-        return load("r50k_base")
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(params=["byte", "char", "r50k_base"])

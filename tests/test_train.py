@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +239,25 @@ def test_wandb_online_without_a_key_is_one_line(corpus, tmp_path):
     result = script(*command(corpus, tmp_path / "run", "--wandb=online"), check=False, env=home)
     assert result.returncode == 2 and "wandb=online" in result.stderr and "Traceback" not in result.stderr
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpt2_learns_with_our_kernels_as_with_the_float32_reference(tmp_path):
+    """200 steps: the kernels move the loss curve less than a changed order of the data and initial weights does."""
+    script("-m", "data.prepare", "files", f"--input={Path(torch.__file__).parent}", "--glob=*.py", "--tokenizer=byte",
+           f"--out_dir={tmp_path / 'code'}")  # fmt: skip
+    curves = {}
+    for name, flags in {
+        "kernels": ["--attention_impl=triton"],
+        "reference": ["--attention_impl=reference", "--dtype=float32"],
+        "other seed": ["--attention_impl=triton", "--seed=2"],
+    }.items():
+        settings = ["--max_steps=200", "--batch_size=8", "--log_interval=1", "--warmup_steps=20", "--bias=false", "--wandb=disabled"]
+        script("train.py", *settings, *flags, f"--data={tmp_path / 'code'}", f"--out_dir={tmp_path / name}", "--save_interval=1000",
+               timeout=600)  # fmt: skip
+        curves[name] = torch.tensor(list(metrics(tmp_path / name).values()))
+        assert len(curves[name]) == 200
+    smooth = {name: curve.unfold(0, 20, 1).mean(dim=1) for name, curve in curves.items()}
+    moved, noise = ((smooth[name] - smooth["kernels"]).abs().mean() for name in ("reference", "other seed"))
+    assert moved < noise
