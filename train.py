@@ -9,6 +9,7 @@ The same command again goes on from the newest checkpoint. SIGTERM and Ctrl-C sa
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import signal
@@ -97,7 +98,9 @@ def main(argv):
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         train(model_config, config, process)
+        dist.barrier()  # nobody leaves while another still saves
     finally:
+        gc.collect()  # DDP's reference cycles keep the group alive, whose threads must end before the interpreter does
         dist.destroy_process_group()
 
 

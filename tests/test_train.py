@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -74,10 +73,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path):
 def test_two_processes_equal_one_with_twice_the_micro_batches(corpus, tmp_path):
     more = ["--max_steps=4", "--micro_batch_size=2", "--save_interval=1", "--keep_checkpoints=9"]
     script(*command(corpus, tmp_path / "one", *more))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script(*launcher, *command(corpus, tmp_path / "two", *more))
     for key in ("train/loss", "grad_norm", "val/loss", "val/stderr"):
         one, two = metrics(tmp_path / "one", key), metrics(tmp_path / "two", key)
