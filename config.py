@@ -22,6 +22,7 @@ class UserError(Exception):
 
 def run(main):
     """Run an entry point. What the user can mend becomes one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # models write any character; a terminal that lacks one shows ?
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -94,7 +94,7 @@ class RunLog:
 
     def evaluation(self, step, val_loss, stderr, text):
         self.write(step, {"val/loss": val_loss, "val/stderr": stderr})
-        with open(self.folder / "samples.txt", "a") as file:
+        with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n")
         print(f"step {step}/{self.config.max_steps} | validation loss {val_loss:.4f} +- {stderr:.4f}, and it writes:")
         print("\n".join("    " + line for line in text.splitlines()), flush=True)

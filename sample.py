@@ -57,7 +57,6 @@ def main(argv):
     words, config = parse(argv, SampleConfig, usage=__doc__)
     if len(words) != 1:
         raise UserError(f"sample.py takes one run folder, as in sample.py out/quickstart, got {' '.join(words) or 'none'}")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     prompts = [config.prompt] if not config.prompts_file else read_prompts(config.prompts_file)
     device = pick_device(config.device)
     model, state = checkpoint.load_model(words[0], device, pick_dtype(config.dtype, device), config.checkpoint)

@@ -51,6 +51,7 @@ def make_step(shape, peer, tokens):
     attend = dense_attention("triton" if peer == "ours" else "sdpa", tokens.device, torch.bfloat16)
 
     def step():
+        # our own op asks for no backend, so MATH would show if it were not the one that runs
         with sdpa_kernel(BACKENDS.get(peer, SDPBackend.MATH)), torch.autocast("cuda", torch.bfloat16):
             loss = net(tokens[:, :-1], tokens[:, 1:], attend).mean()
         loss.backward()

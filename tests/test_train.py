@@ -222,6 +222,12 @@ def test_packages_that_a_run_does_not_use_may_be_missing(corpus, tmp_path):
     assert result.returncode == 2 and "pip install wandb" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_a_terminal_without_the_characters_does_not_end_the_run(corpus, tmp_path):
+    """An untrained byte model writes what is no text at all."""
+    result = script(*command(corpus, tmp_path / "run", "--max_steps=1"), env={"PYTHONIOENCODING": "ascii:strict"})
+    assert "?" in result.stdout and "\ufffd" in (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
+
+
 def test_wandb_offline_stays_in_the_run_folder(corpus, tmp_path):
     pytest.importorskip("wandb")
     script(*command(corpus, tmp_path / "run", "--max_steps=1", "--wandb=offline"))
