@@ -42,12 +42,13 @@ def bench_train(config):
 
 
 def make_step(shape, peer, tokens):
-    """step() does what a step of train.py does on the device, and returns the loss."""
+    """step() does what a step of train.py does on the device, and returns the loss. The learning rate is that of a warm-up's
+    beginning: larger first steps of AdamW would blow roundings up until no losses could be compared."""
     model = GPT(shape)
     model.init_weights(1)
     model.to(tokens.device)
     net = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, betas=(0.9, 0.95), fused=True)
     attend = dense_attention("triton" if peer == "ours" else "sdpa", tokens.device, torch.bfloat16)
 
     def step():
@@ -66,5 +67,5 @@ def make_step(shape, peer, tokens):
 def validate(attention, losses):
     """The same losses over three updates, whoever computes attention."""
     for values in zip(*losses.values(), strict=True):
-        if not max(values) - min(values) < 0.02:
+        if not max(values) - min(values) < 0.005:
             raise RuntimeError(f"{attention}: the losses differ by contestant: {losses}")

@@ -17,14 +17,18 @@ from kernels import sdpa
 GATHER_BYTES = 4 * 2**20
 
 
-def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None):
+def paged_attention(
+    q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None, *, max_query_len=None, max_seq_len=None
+):
     """The same function as `reference.paged_attention`: shapes and meanings are described there."""
     starts, lengths = cu_seqlens.tolist(), seq_lens.tolist()
     row_bytes = 2 * k_pages[0, 0].numel() * k_pages.element_size()  # K and V of one token
-    out = torch.empty_like(q)
+    out = torch.zeros_like(q)
     i = 0
     while i < len(lengths):
-        if starts[i + 1] - starts[i] == 1:
+        if lengths[i] == 0:
+            j = i + 1  # an empty sequence: its row stays 0
+        elif starts[i + 1] - starts[i] == 1:
             j = end_of_group(i, starts, lengths, window, GATHER_BYTES // row_bytes)
             rows = slice(starts[i], starts[j])
             out[rows] = decode(q[rows], k_pages, v_pages, page_table[i:j], lengths[i:j], window, scale)
@@ -39,7 +43,7 @@ def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, windo
 def end_of_group(first, starts, lengths, window, max_tokens):
     """One past the last of the decoding sequences, from `first` on, that fit into one gathered block."""
     longest, stop = 0, first
-    while stop < len(lengths) and starts[stop + 1] - starts[stop] == 1:
+    while stop < len(lengths) and starts[stop + 1] - starts[stop] == 1 and lengths[stop] > 0:
         longest = max(longest, visible_keys(lengths[stop], window))
         if stop > first and longest * (stop + 1 - first) > max_tokens:
             break
@@ -77,8 +81,8 @@ def prefill(q, k_pages, v_pages, page_table, length, window, scale):
 
 
 def slots_of(positions, page_table, page_size):
-    """Where tokens lie: (n, T) positions and (n, max_pages) page ids to (n, T) slots."""
-    return page_table.gather(1, positions // page_size) * page_size + positions % page_size
+    """Where tokens lie: (n, T) positions and (n, max_pages) page ids, a ring, to (n, T) slots."""
+    return page_table.gather(1, positions // page_size % page_table.shape[1]) * page_size + positions % page_size
 
 
 def gather(pages, slots):

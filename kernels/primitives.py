@@ -102,6 +102,18 @@ def dot(a, b):
 
 
 @triton.jit
+def dot_of_halves(q, k):
+    """q @ k^T for (M, D) and (N, D). In float32 as the sum of two products over half of D each: a chain of D roundings is
+    off by more than the sums that libraries take for a single query."""
+    if q.dtype == tl.float32:
+        q_even, q_odd = tl.split(q.reshape(q.shape[0], q.shape[1] // 2, 2))
+        k_even, k_odd = tl.split(k.reshape(k.shape[0], k.shape[1] // 2, 2))
+        return dot(q_even, tl.trans(k_even)) + dot(q_odd, tl.trans(k_odd))
+    else:
+        return dot(q, tl.trans(k))
+
+
+@triton.jit
 def add_dot(acc, a, b):
     """acc + a @ b. In float32 the tile's product is summed before it is added: in one chain over all T keys the
     roundings would add up. max_num_imprecise_acc keeps the compiler from making that chain of it again."""
@@ -122,3 +134,39 @@ def softmax_step(scores, v, m_i, l_i, acc, qk_scale):
     alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
     return m_new, l_i, add_dot(acc * alpha[:, None], p.to(v.dtype), v)
+
+
+@triton.jit
+def page_rows(table_ptr, max_pages, start, end, ROW: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Where the positions start, start + 1, .. of a sequence lie: (tile, rows), to be added to the address of pages whose
+    slots are ROW elements apart. table_ptr is the sequence's ring of page ids; nothing is looked up from `end` on.
+
+    If pages hold whole tiles, start must be a multiple of BLOCK_N; otherwise the ring must hold start up to end.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE % BLOCK_N == 0:  # one page id a tile, and offsets that no tile has to compute again
+        page = tl.load(table_ptr + start // PAGE_SIZE % max_pages)
+        return (page * PAGE_SIZE + start % PAGE_SIZE).to(tl.int64) * ROW, offs_n * ROW
+    else:
+        first = start // PAGE_SIZE
+        index = first % max_pages + ((start + offs_n) // PAGE_SIZE - first)
+        index = tl.where(index < max_pages, index, index - max_pages)  # the ring is wide enough to wrap only once
+        page = tl.load(table_ptr + index, mask=start + offs_n < end, other=0)
+        # slots are counted in 32 bits, elements in 64: one widening multiplication a row
+        return tl.cast(0, tl.int64), (page * PAGE_SIZE + (start + offs_n) % PAGE_SIZE).to(tl.int64) * ROW
+
+
+@triton.jit
+def load_rows(ptr, rows, inside, HEAD_DIM: tl.constexpr):
+    """Rows of HEAD_DIM elements each at its own offset, those that are not inside as 0."""
+    offs_d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    inside = inside[:, None] & (offs_d < HEAD_DIM)
+    return tl.load(ptr + tl.multiple_of(rows, 8)[:, None] + offs_d, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, rows, inside, HEAD_DIM: tl.constexpr):
+    """The inverse of load_rows, rounding x to the dtype of ptr."""
+    offs_d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + tl.multiple_of(rows, 8)[:, None] + offs_d, x, mask=inside[:, None] & (offs_d < HEAD_DIM))

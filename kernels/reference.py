@@ -49,32 +49,42 @@ def write_pages(k, v, k_pages, v_pages, slot_mapping):
 
     k, v:             (N, H_kv, D)
     k_pages, v_pages: (num_pages, page_size, H_kv, D), written in place
-    slot_mapping:     (N,) page * page_size + offset of each token
+    slot_mapping:     (N,) page * page_size + offset of each token; below 0 a token is left out
     """
-    k_pages.flatten(0, 1)[slot_mapping] = k  # a view: pages are contiguous
-    v_pages.flatten(0, 1)[slot_mapping] = v
+    kept = slot_mapping >= 0
+    k_pages.flatten(0, 1)[slot_mapping[kept]] = k[kept]  # a view: pages are contiguous
+    v_pages.flatten(0, 1)[slot_mapping[kept]] = v[kept]
 
 
-def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None):
+def paged_attention(
+    q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None, *, max_query_len=None, max_seq_len=None
+):
     """Causal attention of a packed batch of sequences whose K and V lie in pages, one sequence after the other.
 
     q:                (N, H, D), the query tokens of all sequences in a row; those of sequence i are the rows
                       cu_seqlens[i] up to cu_seqlens[i + 1], and they are its last positions
     k_pages, v_pages: (num_pages, page_size, H_kv, D), K and V of the query tokens among them
-    page_table:       (num_seqs, max_pages) int32: page_table[i, j] holds the positions j * page_size and following
-    seq_lens:         (num_seqs,) int32 tokens of each sequence in the pages, on the host
-    cu_seqlens:       (num_seqs + 1,) int32 cumulative numbers of query tokens, on the host
+    page_table:       (num_seqs, max_pages) int32: position p lies in page page_table[i, p // page_size % max_pages].
+                      A row is a ring: with a window, a sequence may be longer than its pages are
+    seq_lens:         (num_seqs,) int32 tokens of each sequence; one without any gives zeros
+    cu_seqlens:       (num_seqs + 1,) int32 cumulative numbers of query tokens
     window, scale:    as for `attention`
+    max_query_len, max_seq_len: bounds by which kernels for GPUs are chosen; not looked at here
 
-    Returns (N, H, D). A slot that holds no token of the sequence is never read: it may hold anything, NaN too.
+    Returns (N, H, D). A slot that no query sees is never read: it may hold anything, NaN too.
     Source: PagedAttention, Kwon et al. 2023, section 4.1.
     """
-    page_size = k_pages.shape[1]
+    page_size, max_pages = k_pages.shape[1], page_table.shape[1]
     starts = cu_seqlens.tolist()
-    outs = []
+    out = torch.zeros_like(q)
     for i, length in enumerate(seq_lens.tolist()):
-        pages = page_table[i, : math.ceil(length / page_size)].long()
-        k = k_pages[pages].flatten(0, 1)[:length]  # (T_k, H_kv, D)
-        v = v_pages[pages].flatten(0, 1)[:length]
-        outs.append(attention(q[None, starts[i] : starts[i + 1]], k[None], v[None], window, scale)[0])
-    return torch.cat(outs)
+        rows = slice(starts[i], starts[i + 1])
+        if length > 0:
+            first = (
+                max(0, length - len(q[rows]) - window + 1) if window else 0
+            )  # the first key that the first query sees
+            positions = torch.arange(first, length, device=q.device)
+            pages = page_table[i, positions // page_size % max_pages].long()
+            k, v = (x[pages, positions % page_size] for x in (k_pages, v_pages))  # (T_k, H_kv, D)
+            out[rows] = attention(q[None, rows], k[None], v[None], window, scale)[0]
+    return out

@@ -143,6 +143,45 @@ def test_paged_definition_is_the_dense_one_of_each_sequence(window):
         torch.testing.assert_close(out[stop - count : stop], want[0])
 
 
+def test_write_pages_leaves_out_slots_below_0():
+    pages = torch.zeros(2, 2, PAGE, 1, 4)
+    k, v = random(3, 1, 4, dtype=torch.float32), random(3, 1, 4, seed=1, dtype=torch.float32)
+    reference.write_pages(k, v, *pages, torch.tensor([-1, 3, -1]))
+    assert torch.equal(pages[0, 0, 3], k[1]) and torch.equal(pages[1, 0, 3], v[1])
+    assert (pages != 0).sum() == k[1].numel() + v[1].numel()
+
+
+@pytest.mark.parametrize("attention", [reference.paged_attention, paged_sdpa.paged_attention])
+@pytest.mark.parametrize("window", [1, PAGE, PAGE + 1, 40])
+@pytest.mark.parametrize("counts", [[1, 1, 1], [7, 1, 20]])
+def test_a_page_table_is_a_ring(attention, counts, window):
+    """A table that is as narrow as the window allows holds what a table of all pages holds."""
+    seq_lens = [200, 111, 20]
+    given = paged(seq_lens, counts, H=4, H_kv=2, D=24)
+    spans = [range(max(0, n - c - window + 1) // PAGE, -(-n // PAGE)) for n, c in zip(seq_lens, counts, strict=True)]
+    ring = torch.full((3, max(len(span) for span in spans)), given["page_table"][2, -1].item(), dtype=torch.int32)
+    for i, span in enumerate(spans):
+        for number in span:
+            ring[i, number % ring.shape[1]] = given["page_table"][i, number]
+    assert ring.shape[1] * PAGE < 200
+    want = reference.paged_attention(**given, window=window)
+    torch.testing.assert_close(attention(**{**given, "page_table": ring}, window=window), want)
+
+
+@pytest.mark.parametrize("attention", [reference.paged_attention, paged_sdpa.paged_attention])
+@pytest.mark.parametrize("counts", [[1, 1, 1], [3, 1, 2]])
+def test_an_empty_sequence_gives_zeros_and_harms_no_other(attention, counts):
+    given = paged([50, 1, 17], counts, H=4, H_kv=2, D=24)
+    want = reference.paged_attention(**given)
+    given["seq_lens"][1] = 0
+    given["page_table"][1] = 10**6
+    out = attention(**given, max_query_len=max(counts), max_seq_len=50)
+    row = counts[0]
+    assert not out[row].any()
+    torch.testing.assert_close(out[:row], want[:row])
+    torch.testing.assert_close(out[row + 1 :], want[row + 1 :])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 1, 7, PAGE, 40])
 @pytest.mark.parametrize(
