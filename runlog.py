@@ -2,14 +2,20 @@
 
     config.json    resolved settings, costs per token, device, library versions, git commit
     metrics.jsonl  one JSON object per line, flushed as it is written: the truth
-    wandb/         a mirror of the two, when asked for
     samples.txt    what the model wrote at each evaluation
+    wandb/         a mirror of the three, when asked for
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 import platform
+import re
+import secrets
+import shutil
+import statistics
 import subprocess
 import time
 from importlib import metadata
@@ -30,7 +36,10 @@ class RunLog:
         self.flops_per_token = model.flops_per_token(model.config.max_seq_len)
         self.tokens_per_step = config.batch_size * model.config.max_seq_len
         self.started = time.perf_counter() - state["time_s"]
+        self.folder.mkdir(parents=True, exist_ok=True)
         facts = {
+            "run_id": run_id(self.folder / "config.json", state["step"]),
+            "variant": variant(model.config),
             "model": dataclasses.asdict(model.config),
             "train": dataclasses.asdict(config),
             "data": {key: value for key, value in data.meta.items() if key != "tokenizer"},
@@ -43,10 +52,10 @@ class RunLog:
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(facts, indent=1))
-        self.metrics = open_metrics(self.folder / "metrics.jsonl", state["step"])
-        self.wandb = start_wandb(config, facts) if config.wandb != "disabled" else None
+        self.metrics, rows = open_metrics(self.folder / "metrics.jsonl", state["step"])
+        samples = samples_until(self.folder / "samples.txt", state["step"])
+        self.wandb = WandbMirror(config, facts, rows, samples) if config.wandb != "disabled" else None
         print(
             f"{facts['params']:,} parameters, {model.config.attention} ({model.config.n_head} query heads, "
             f"{model.config.n_kv_head} KV heads, window {model.config.window or 'none'}), {facts['device']}, {facts['dtype']}"
@@ -68,7 +77,7 @@ class RunLog:
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
         if self.wandb:
-            self.wandb.log(row, step=step)
+            self.wandb.log(row)
 
     def progress(self, step, loss, grad_norm, lr):
         """Called right after the device was waited for."""
@@ -94,31 +103,101 @@ class RunLog:
 
     def evaluation(self, step, val_loss, stderr, text):
         self.write(step, {"val/loss": val_loss, "val/stderr": stderr})
-        with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n")
+        with open(self.folder / "samples.txt", "a", encoding="utf-8", newline="") as file:
+            file.write(sample_entry(step, text))
+        if self.wandb:
+            self.wandb.sample(step, text)
         print(f"step {step}/{self.config.max_steps} | validation loss {val_loss:.4f} +- {stderr:.4f}, and it writes:")
         print("\n".join("    " + line for line in text.splitlines()), flush=True)
 
     def close(self, step):
         self.metrics.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.close()
         done = step == self.config.max_steps
         print(f"{self.folder}: {'done' if done else 'stopped'} at step {step}", end="")
         print(f"; try: python sample.py {self.folder}" if done else "; the same command goes on from there", flush=True)
 
 
 def open_metrics(path, step):
-    """metrics.jsonl for appending, without the rows after `step` that a killed process may have written."""
-    rows = path.read_text().splitlines() if path.exists() else []
-    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+    """metrics.jsonl for appending, and its rows up to `step`; later ones, by a process that was killed, are cut off."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [row for row in rows if row["step"] <= step]
+    replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return open(path, "a"), rows
+
+
+def sample_entry(step, text):
+    return f"--- step {step}\n{text}\n"
+
+
+def samples_until(path, step):
+    """[(step, text), ...] of samples.txt up to `step`, and the file cut off there."""
+    content = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    parts = re.split(r"^--- step (\d+)\n", content, flags=re.MULTILINE)[1:]
+    samples = [(int(number), text[:-1]) for number, text in zip(parts[::2], parts[1::2])]
+    samples = [sample for sample in samples if sample[0] <= step]
+    replace(path, "".join(sample_entry(*sample) for sample in samples))
+    return samples
+
+
+def replace(path, content):
+    """Write a file that is whole at any moment."""
     aside = path.with_suffix(".unfinished")
-    aside.write_text("".join(row + "\n" for row in kept))
+    aside.write_bytes(content.encode())
     aside.replace(path)
-    return open(path, "a")
+
+
+class WandbMirror:
+    """The rows of metrics.jsonl in wandb, each of them once.
+
+    wandb drops a row below the last step it has seen, loses the last ones of a killed process, and makes a second
+    folder with overlapping steps when an offline run resumes. So a resumed run first replays what metrics.jsonl holds:
+    offline into a new folder, which then replaces the old ones; online from the first step that the server lacks.
+    """
+
+    def __init__(self, config, facts, rows, samples):
+        old_folders = list(Path(config.out_dir, "wandb").glob("offline-run-*"))
+        self.run = start_wandb(config, facts)
+        self.tokens_per_step = config.batch_size * facts["model"]["max_seq_len"]
+        self.speeds = []
+        self.samples = []
+        self.run.define_metric("tokens")
+        self.run.define_metric("*", step_metric="tokens")
+        self.run.define_metric("val/loss", step_metric="tokens", summary="min")
+        self.run.define_metric("peak_mem_gib", step_metric="tokens", summary="max")
+        for row in rows:
+            self.log(row)
+        if samples:
+            self.samples = samples[:-1]
+            self.sample(*samples[-1])
+        for folder in old_folders:
+            shutil.rmtree(folder)
+
+    def log(self, row):
+        if "tokens_per_s" in row:
+            self.speeds.append(row["tokens_per_s"])
+        if row["step"] >= self.run.step:
+            self.run.log(row, step=row["step"])
+
+    def sample(self, step, text):
+        """The table of all samples so far: wandb shows the newest table of a name."""
+        import wandb
+
+        self.samples.append((step, text))
+        rows = [[step, step * self.tokens_per_step, text] for step, text in self.samples]
+        self.run.log({"samples": wandb.Table(["step", "tokens", "text"], rows)}, step=max(step, self.run.step))
+
+    def close(self):
+        if self.speeds:
+            self.run.summary["tokens_per_s_median"] = statistics.median(self.speeds)
+        self.run.finish()
 
 
 def start_wandb(config, facts):
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means offline
+    os.environ.setdefault("WANDB_DATA_DIR", str(Path(config.out_dir, "wandb").absolute()))  # tables that wait for a sync
     try:
         import wandb
     except ImportError:
@@ -126,8 +205,11 @@ def start_wandb(config, facts):
     try:
         return wandb.init(
             project=config.wandb_project,
-            group=config.wandb_group or None,
+            group=config.wandb_group or experiment(facts),
+            job_type="train",
             name=Path(config.out_dir).name,
+            id=facts["run_id"],
+            resume="allow" if config.wandb == "online" else None,
             dir=config.out_dir,
             mode=config.wandb,
             config=facts,
@@ -135,6 +217,39 @@ def start_wandb(config, facts):
         )
     except wandb.Error as error:
         raise UserError(f"wandb={config.wandb}: {error}; run `wandb login`, or give --wandb=offline") from None
+
+
+def run_id(config_file, step):
+    """What tells this run from all others: drawn when it is new, kept when it goes on."""
+    if step and config_file.exists():
+        with contextlib.suppress(ValueError, KeyError):
+            return json.loads(config_file.read_text())["run_id"]
+    return secrets.token_hex(4)
+
+
+def variant(model_config):
+    """A short name for the attention of a model, the same for the same numbers: mha, gqa-3, swa-256-LLLG."""
+    name = model_config.attention
+    if name == "gqa" or (name == "swa" and model_config.n_kv_head < model_config.n_head):
+        name += f"-{model_config.n_kv_head}"
+    if name.startswith("swa"):
+        name += f"-w{model_config.window}"
+    if model_config.window_pattern != "L":
+        name += f"-{model_config.window_pattern}"
+    return name
+
+
+# Settings in which the runs of one experiment may differ: what it compares, the noise, and what moves no loss.
+FREE = {"attention", "n_kv_head", "window", "window_pattern", "seed"}
+FREE |= {"out_dir", "resume", "wandb", "wandb_project", "wandb_group", "log_interval", "save_interval", "keep_checkpoints"}
+FREE |= {"device", "compile", "attention_impl", "micro_batch_size"}
+
+
+def experiment(facts):
+    """A name that runs share exactly when all the rest of their settings and their data agree."""
+    settings = {key: value for key, value in {**facts["model"], **facts["train"]}.items() if key not in FREE}
+    digest = hashlib.sha256(json.dumps([settings, facts["data"].get("splits")], sort_keys=True).encode()).hexdigest()
+    return f"{Path(facts['train']['data']).name}-{digest[:6]}"
 
 
 def versions():

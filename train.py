@@ -62,7 +62,7 @@ class TrainConfig:
     attention_impl: Annotated[Literal["auto", "triton", "sdpa", "reference"], "auto: the fastest of this device"] = "auto"
     wandb: Annotated[Literal["disabled", "offline", "online"], "offline writes below out_dir"] = "offline"
     wandb_project: Annotated[str, "project name in wandb"] = "attention"
-    wandb_group: Annotated[str, "group in wandb: the runs of one experiment"] = ""
+    wandb_group: Annotated[str, "group in wandb; empty: one for all runs that differ in attention and seed alone"] = ""
 
     def __post_init__(self):
         one_or_more = ("batch_size", "max_steps", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_checkpoints")

@@ -70,6 +70,7 @@ def input_files(config):
 
 
 def file_documents(files, config, left_out):
+    seen = set()  # hashes of the text files so far: packages carry copies of each other
     for file in files:
         if file.suffix == ".jsonl":
             yield from non_empty(jsonl_texts(file, config.text_key), left_out)
@@ -78,11 +79,16 @@ def file_documents(files, config, left_out):
         else:
             with open(file, "rb") as stream:
                 start = stream.read(8192)
+                stream.seek(0)
+                content = None if b"\0" in start else hashlib.file_digest(stream, "sha256").digest()
             if not start:
                 left_out["empty documents"] += 1
             elif b"\0" in start:
                 left_out["binary files"] += 1
+            elif content in seen:
+                left_out["copies of other files"] += 1
             else:
+                seen.add(content)
                 yield file
 
 

@@ -8,8 +8,8 @@
 A file is a document; in .jsonl and .parquet a row is. Each is followed by the end-of-text id, if the tokenizer has one.
 The sha256 of a document (of its first million characters, if it is longer) decides whether it is for validation, so
 nothing moves when files are added, and equal documents stay together. A single document is split by position.
-Bytes that are not UTF-8 become U+FFFD and are counted. Files with a NUL byte near their start, hidden files in a given
-folder, and empty documents are left out.
+Bytes that are not UTF-8 become U+FFFD and are counted. Files with a NUL byte near their start, copies of text files
+read before, hidden files in a given folder, and empty documents are left out.
 
 Text is read in pieces of a million characters, a few per process at a time, so memory stays bounded whatever the size
 of the input. The result does not depend on --jobs. Everything is written to a hidden folder beside the output folder,

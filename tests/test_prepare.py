@@ -159,18 +159,20 @@ def test_shakespeare_is_nanogpts(tmp_path):
     assert json.loads((out / "meta.json").read_text())["vocab_size"] == 65
 
 
-def test_adding_files_moves_nothing_and_twins_stay_together(tmp_path, corpus):
+def test_adding_files_moves_nothing_twins_stay_together_and_copies_are_left_out(tmp_path, corpus):
     keys = {"tokenizer": "byte", "val_fraction": 0.3}
     before = prepare("files", config(tmp_path, out_dir=str(tmp_path / "before"), **keys))
     for i in range(30):
         (tmp_path / "in" / f"0{i}.txt").write_text(f"new {i}")
-        (tmp_path / "in" / f"twin{i}.txt").write_text(corpus[i % 10])
+        (tmp_path / "in" / f"copy{i}.txt").write_text(corpus[i % 10])
+    (tmp_path / "in" / "twins.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus[:10]))
     after = prepare("files", config(tmp_path, out_dir=str(tmp_path / "after"), **keys))
     texts = {(f, s): texts_in(tokens_of(f, s)) for f in (before, after) for s in ("train", "val")}
     assert set(texts[before, "train"]) <= set(texts[after, "train"])
     assert set(texts[before, "val"]) <= set(texts[after, "val"])
     assert not set(texts[after, "train"]) & set(texts[after, "val"])
-    assert sum(map(len, texts.values())) == 2 * 26 + 60, "nothing is lost"
+    assert sum(map(len, texts.values())) == 2 * 26 + 40, "nothing else is lost"
+    assert json.loads((after / "meta.json").read_text())["left_out"]["copies of other files"] == 30
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, corpus, r50k, monkeypatch):

@@ -1,21 +1,118 @@
-"""The run folder: metrics never run ahead of the checkpoint that a run goes on from."""
+"""The run folder: nothing in it, nor in wandb, runs ahead of the checkpoint that a run goes on from."""
 
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
-from runlog import open_metrics
+import pytest
+import torch
+
+from model import GPT, ModelConfig
+from runlog import RunLog, experiment, open_metrics, samples_until, variant
+from train import TrainConfig
 
 
 def test_rows_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "train/loss": 1.0} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "train/l')  # killed while writing
-    with open_metrics(path, step=2) as metrics:
+    metrics, kept = open_metrics(path, step=2)
+    with metrics:
         metrics.write(json.dumps({"step": 3, "train/loss": 0.5}) + "\n")
+    assert kept == rows[:2]
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:2] + [{"step": 3, "train/loss": 0.5}]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_new_run_starts_with_an_empty_file(tmp_path):
+def test_a_new_run_starts_with_empty_files(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a run that ended before its first checkpoint
-    open_metrics(tmp_path / "metrics.jsonl", step=0).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    (tmp_path / "samples.txt").write_text("--- step 1\ntext\n")
+    open_metrics(tmp_path / "metrics.jsonl", step=0)[0].close()
+    assert samples_until(tmp_path / "samples.txt", step=0) == []
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "samples.txt").read_text() == ""
+
+
+def test_samples_after_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "samples.txt"
+    path.write_bytes("--- step 5\none\r\n\n--- two\n--- step 10\n\n--- step 15\nnaïve".encode())
+    assert samples_until(path, step=10) == [(5, "one\r\n\n--- two"), (10, "")]
+    assert path.read_bytes() == b"--- step 5\none\r\n\n--- two\n--- step 10\n\n"
+
+
+SHAPE = {"n_head": 8, "n_embd": 64, "max_seq_len": 32, "vocab_size": 8}
+
+
+def test_variants_have_names_of_their_own():
+    names = {
+        "mha": {},
+        "mqa": {"attention": "mqa"},
+        "gqa-2": {"attention": "gqa"},
+        "gqa-4": {"attention": "gqa", "n_kv_head": 4},
+        "swa-w8": {"attention": "swa"},
+        "swa-w8-LLLG": {"attention": "swa", "window_pattern": "LLLG"},
+        "swa-2-w4": {"attention": "swa", "n_kv_head": 2, "window": 4},
+    }
+    for name, flags in names.items():
+        assert variant(ModelConfig(**SHAPE, **flags)) == name
+
+
+def log_of(folder, step, wandb="offline", attention="gqa", seed=1, max_steps=8):
+    """The RunLog of a run that is new, or goes on at `step`."""
+    model = GPT(ModelConfig(n_layer=1, **SHAPE, attention=attention))
+    config = TrainConfig(out_dir=str(folder), batch_size=2, max_steps=max_steps, wandb=wandb, seed=seed)
+    data = SimpleNamespace(meta={"source": "a", "splits": {"val": {"shards": []}}, "tokenizer": {"type": "byte"}})
+    return RunLog(model, config, data, torch.device("cpu"), torch.float32, 1, {"step": step, "time_s": 0.0})
+
+
+def facts_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_one_experiment_is_all_runs_that_differ_in_attention_and_seed_alone(tmp_path):
+    for name, settings in {"a": {}, "b": {"attention": "mqa"}, "c": {"seed": 2}, "d": {"max_steps": 9}}.items():
+        log_of(tmp_path / name, 0, wandb="disabled", **settings).close(0)
+    a, b, c, d = (facts_of(tmp_path / name) for name in "abcd")
+    assert experiment(a) == experiment(b) == experiment(c) != experiment(d)
+    assert len({facts["run_id"] for facts in (a, b, c, d)}) == 4
+
+
+def inspect(folder, *flags):
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_resumed_offline_run_is_one_whole_run(tmp_path):
+    """Stopped at step 6, gone on from the checkpoint of step 4."""
+    pytest.importorskip("wandb")
+    for first, last in ((1, 6), (5, 8)):
+        log = log_of(tmp_path, first - 1)
+        for step in range(first, last + 1):
+            log.progress(step, loss=10.0 * first + step, grad_norm=1.0, lr=0.1)
+            if step % 4 == 0:
+                log.evaluation(step, val_loss=5.0 - step % 8, stderr=0.1, text=f"text {step}")
+        log.close(last)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    records = [json.loads(line) for line in inspect(folder).splitlines()]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [row["_step"] for row in rows] == [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["train/loss"] for row in rows] == [11, 12, 13, 14, 55, 56, 57, 58]
+    kept = {}
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        kept.setdefault(json.loads(line)["step"], {}).update(json.loads(line))
+    assert [{key: row[key] for key in kept[row["step"]]} for row in rows] == list(kept.values())
+
+    (run,) = (record["run"] for record in records if record["type"] == "run")
+    facts = facts_of(tmp_path)
+    assert (run["run_group"], run["job_type"], run["run_id"]) == (experiment(facts), "train", facts["run_id"])
+    defined = [record["metric"] for record in records if record["type"] == "metric"]
+    assert ("*", "tokens") in [(metric.get("glob_name"), metric.get("step_metric")) for metric in defined]
+    seen = json.loads(inspect(folder, "--summary"))
+    assert seen["config"] == facts
+    assert {"variant", "params", "flops_per_token", "kv_bytes_per_token", "git_commit"} <= facts.keys()
+    speeds = sorted(row["tokens_per_s"] for row in kept.values())
+    assert seen["summary"]["val/loss"] == {"min": 1.0}
+    assert seen["summary"]["tokens_per_s_median"] == pytest.approx((speeds[3] + speeds[4]) / 2)
+    assert seen["summary"]["peak_mem_gib"] == {"max": max(row["peak_mem_gib"] for row in kept.values())}
+    (table,) = (folder / "files" / "media" / "table").glob(f"samples_{8}_*.json")
+    assert json.loads(table.read_text())["data"] == [[4, 4 * 2 * 32, "text 4"], [8, 8 * 2 * 32, "text 8"]]

@@ -1,0 +1,258 @@
+"""Claims about computing attention: what it costs, what windows and grouped heads change, what FlashAttention avoids."""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import median_ms
+from benchmarks.plots import bars, lines
+from kernels import reference, sdpa
+from model import GPT, ModelConfig
+
+
+def attention_of(device):
+    """The kernel that training uses on this device."""
+    if device.type != "cuda":
+        return sdpa.attention
+    from kernels.flash_attention import flash_attention
+
+    return flash_attention
+
+
+def qkv_of(length, heads, head_dim, device, dtype):
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(3, 1, length, heads, head_dim, generator=generator, device=device, dtype=dtype).unbind()
+
+
+@torch.no_grad()
+def milliseconds(calls, rounds, device):
+    """{name: milliseconds a call}."""
+    if device.type == "cuda":
+        return median_ms(calls, rounds)
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
+    return {name: 1e3 * timer.timeit(rounds).median for name, timer in timers.items()}
+
+
+def attention_layer(attention, x, w_qkv, w_out):
+    """A layer's attention with its projections: x (B, T, d) to (B, T, d), heads of 64 channels."""
+    q, k, v = F.linear(x, w_qkv).unflatten(-1, (-1, 64)).chunk(3, dim=2)
+    return F.linear(attention(q, k, v).flatten(2), w_out)
+
+
+def layer_inputs(batch, length, width, device, dtype):
+    """x, w_qkv and w_out, so large that q, k and v are about 1."""
+    shapes = (batch, length, width), (3 * width, width), (width, width)
+    return [torch.randn(shape, device=device, dtype=dtype) / width**0.25 for shape in shapes]
+
+
+def by_impl(attention):
+    return lambda layer, q, k, v, window: attention(q, k, v, window)
+
+
+def attention_costs_n2d_and_nd2(sizes, device, dtype, rounds):
+    """Operations as torch counts them, and times against the best a and b. Holds within 25%.
+
+    Short sequences come many at a time, so that every call computes the same number of tokens.
+    """
+    shapes = [(n, d) for n in sizes.lengths for d in sizes.widths]
+    together = {n: max(sizes.lengths) // n for n in sizes.lengths}
+    calls, miscounted = {}, []
+    for n, d in shapes:
+        with FlopCounterMode(display=False) as counter:  # the definition computes hidden pairs, too
+            attention_layer(reference.attention, *layer_inputs(1, n, d, torch.device("meta"), torch.float32))
+        if counter.get_total_flops() != 4 * n * n * d + 8 * n * d * d:
+            miscounted.append((n, d))
+        inputs = layer_inputs(together[n], n, d, device, dtype)
+        calls[n, d] = partial(attention_layer, attention_of(device), *inputs)
+    times = {(n, d): ms / together[n] for (n, d), ms in milliseconds(calls, rounds, device).items()}
+    terms = torch.tensor([[n * n * d / times[n, d], n * d * d / times[n, d]] for n, d in shapes], dtype=torch.float64)
+    scale = terms.amax(0)
+    a, b = (
+        torch.linalg.lstsq(terms / scale, torch.ones(len(shapes), 1, dtype=torch.float64)).solution[:, 0] / scale
+    ).tolist()
+    off = {(n, d): (a * n * n * d + b * n * d * d) / times[n, d] - 1 for n, d in shapes}
+    n, d = worst = max(off, key=lambda shape: abs(off[shape]))
+    because = ""
+    if miscounted:
+        because = f"the counted operations differ at n, d = {miscounted[0]}"
+    elif abs(off[worst]) > 0.25 or min(a, b) < 0:
+        because = f"of operations it is true, of time not: the best fit is {off[worst]:+.0%} off at n {n}, d {d}"
+    series = {f"d {d}": [(n, times[n, d]) for n in sizes.lengths] for d in sizes.widths}
+    return {
+        "claim": "Attention's cost grows with n^2 d + n d^2",
+        "formula": "operations of a layer = 4 n^2 d (scores, weighted sum; causality needs half) + 8 n d^2 (projections)",
+        "measured": f"counted exactly so at {len(shapes) - len(miscounted)} of {len(shapes)} shapes; time fits "
+        f"{a:.2g} n^2 d + {b:.2g} n d^2 ms to within {abs(off[worst]):.0%}",
+        "because": because,
+        "data": {"times_ms": [[n, d, times[n, d]] for n, d in shapes], "a": a, "b": b},
+        "draw": lambda axis: lines(axis, series, "n", "ms a layer, forward"),
+    }
+
+
+def gqa_trains_as_fast(sizes, device, dtype, rounds):
+    """Forward and backward pass, in turns. As fast: GQA at least 95% of MQA's speed."""
+    tokens = torch.randint(256, (sizes.batch, sizes.max_seq_len + 1), device=device)
+    shape = {"n_layer": sizes.layers, "n_head": sizes.heads, "n_embd": 64 * sizes.heads, "bias": False}
+    shape |= {"max_seq_len": sizes.max_seq_len, "vocab_size": sizes.vocab_size}
+    calls = {}
+    for attention in ("mha", "gqa", "mqa"):
+        model = GPT(ModelConfig(**shape, attention=attention))
+        model.init_weights(1)
+        net = torch.compile(model.to(device)) if device.type == "cuda" else model
+        calls[attention] = partial(forward_backward, net, tokens, by_impl(attention_of(device)), dtype)
+    times = milliseconds(calls, rounds, device)
+    speeds = {attention: tokens[:, 1:].numel() / ms * 1e3 for attention, ms in times.items()}
+    ratio = speeds["gqa"] / speeds["mqa"]
+    return {
+        "claim": "GQA trains as fast as MQA",
+        "formula": "the same scores; K and V projections grow from 1 to n_kv_head heads, a few percent of all operations",
+        "measured": f"{', '.join(f'{name} {speed:,.0f}' for name, speed in speeds.items())} tokens/s: GQA at {ratio:.0%} of MQA",
+        "because": f"it trains at {ratio:.0%} of MQA's speed" if ratio < 0.95 else "",
+        "data": {"tokens_per_s": speeds},
+        "draw": lambda axis: bars(axis, speeds, "training tokens/s"),
+    }
+
+
+@torch.enable_grad()
+def forward_backward(net, tokens, attend, dtype):
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        loss = net(tokens[:, :-1], tokens[:, 1:], attend).mean()
+    loss.backward()
+    net.zero_grad()
+
+
+def windows_make_cost_linear(sizes, device, dtype, rounds):
+    """The exponent of n between the two longest sequences. Linear: below 1.1."""
+    attention = attention_of(device)
+    calls = {}
+    for n in sizes.windowed_lengths:
+        q, k, v = qkv_of(n, sizes.heads, 64, device, dtype)
+        for window in (sizes.window, 0):
+            calls[window, n] = partial(attention, q, k, v, window)
+    times = milliseconds(calls, rounds, device)
+    *_, before, last = sizes.windowed_lengths
+    slopes = {w: math.log(times[w, last] / times[w, before]) / math.log(last / before) for w in (sizes.window, 0)}
+    names = {sizes.window: f"window {sizes.window}", 0: "no window"}
+    series = {names[w]: [(n, times[w, n]) for n in sizes.windowed_lengths] for w in names}
+    return {
+        "claim": "A sliding window makes attention's cost linear in n",
+        "formula": "visible pairs: n w - w (w - 1) / 2 with a window w, n (n + 1) / 2 without",
+        "measured": f"time grows with n^{slopes[sizes.window]:.2f} with a window, with n^{slopes[0]:.2f} without",
+        "because": f"the exponent is {slopes[sizes.window]:.2f}" if slopes[sizes.window] > 1.1 else "",
+        "data": {"times_ms": [[w, n, ms] for (w, n), ms in times.items()]},
+        "draw": lambda axis: lines(axis, series, "n", "ms, forward"),
+    }
+
+
+def information_travels_by_layers(sizes, device, dtype, rounds):
+    """How far back the last token's features have a gradient, in float64, where no small number is rounded away."""
+    window, depths = 5, (1, 2, 3, 4)
+    seen = {layers: receptive_field(layers, window) for layers in depths}
+    wrong = [layers for layers in depths if seen[layers] != layers * (window - 1) + 1]
+    return {
+        "claim": "Information travels window - 1 tokens a layer",
+        "formula": "receptive field = n_layer (window - 1) + 1 tokens, the token itself included",
+        "measured": f"window {window}: {', '.join(f'depth {n} sees {tokens} tokens' for n, tokens in seen.items())}",
+        "because": f"depth {wrong[0]} sees {seen[wrong[0]]} tokens" if wrong else "",
+        "data": {"window": window, "tokens_by_layers": seen},
+        "draw": lambda axis: bars(
+            axis, {f"depth {n}": tokens for n, tokens in seen.items()}, f"tokens, window {window}"
+        ),
+    }
+
+
+@torch.enable_grad()
+def receptive_field(layers, window):
+    length = layers * (window - 1) + 8
+    shape = {"n_layer": layers, "n_head": 2, "n_embd": 32, "max_seq_len": length, "vocab_size": 64}
+    model = GPT(ModelConfig(**shape, attention="swa", window=window)).double()
+    model.init_weights(1)
+    embedded = []
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        embedded.append(output)
+
+    model.tok_emb.register_forward_hook(keep)
+    features = model.features(torch.arange(length)[None], by_impl(reference.attention))
+    features[0, -1, 0].backward()
+    return length - embedded[0].grad[0].abs().amax(-1).nonzero()[0].item()
+
+
+def flash_never_holds_n_by_n(sizes, device, dtype, rounds):
+    """Memory by the allocator. Bytes moved are at most what the time allows at the bandwidth of a copy.
+
+    Holds when twice the tokens take at most 2.2 times the memory, and fewer bytes were moved than the visible scores
+    would take if they were written a single time.
+    """
+    attention, H, D = attention_of(device), sizes.heads, 64
+    held, formula_held, calls = {}, {}, {}
+    for n in sizes.lengths:
+        q, k, v = qkv_of(n, H, D, device, dtype)
+        calls[n] = partial(attention, q, k, v)
+        held[n] = bytes_made(calls[n], device)
+        if n <= 16384:  # the definition at more would not fit into any memory
+            formula_held[n] = bytes_made(partial(reference.attention, q, k, v), device)
+    source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    times = milliseconds({**calls, "copy": partial(target.copy_, source)}, rounds, device)
+    bandwidth = 2 * source.nbytes / times["copy"]  # bytes a millisecond
+    *_, before, n = sizes.lengths
+    pairs = H * n * (n + 1) // 2
+    moved, scores = times[n] * bandwidth, pairs * dtype.itemsize
+    growth = held[n] / held[before]
+    because = ""
+    if growth > 1.1 * n / before:
+        because = f"memory grows by {growth:.1f} from {before} to {n} tokens"
+    elif moved >= scores:
+        because = f"the time at n {n} would do for {moved / 1e9:.3g} GB, and the scores are {scores / 1e9:.3g} GB"
+    series = {"FlashAttention": list(held.items()), "the formula": list(formula_held.items())}
+    series["one n x n of each head"] = [(n, H * n * n * dtype.itemsize) for n in sizes.lengths]
+    return {
+        "claim": "FlashAttention moves fewer bytes than it computes with and never holds n x n",
+        "formula": "must move q, k, v, o: 4 n d values; computes with n (n + 1) / 2 scores a head, which the plain formula "
+        "writes and reads at least twice",
+        "measured": f"n {n}, {H} heads: at most {moved / 1e9:.3g} GB moved for {scores / 1e9:.3g} GB of scores, so at least "
+        f"{4 * D * pairs / moved:.0f} operations a byte; {held[n] / 2**20:.3g} MiB held, where one n x n of each head "
+        f"is {H * n * n * dtype.itemsize / 2**20:.3g} MiB",
+        "because": because,
+        "data": {
+            "held_bytes": held,
+            "formula_held_bytes": formula_held,
+            "moved_at_most": moved,
+            "scores_bytes": scores,
+        },
+        "draw": lambda axis: lines(axis, series, "n", "bytes held besides q, k, v"),
+    }
+
+
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that any operation gives back."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.nbytes = max([self.nbytes, *(x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@torch.no_grad()
+def bytes_made(call, device):
+    """Most memory in use during a call besides its arguments; without a GPU's allocator, its largest tensor."""
+    if device.type == "cuda":
+        call()  # whatever the first call alone needs
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LargestTensor() as largest:
+        call()
+    return largest.nbytes

@@ -1,0 +1,13 @@
+"""Two ways to draw a measurement."""
+
+
+def lines(axis, series, xlabel, ylabel):
+    """{label: [(x, y), ...]} on logarithmic axes."""
+    for label, points in series.items():
+        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+    axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+
+
+def bars(axis, values, ylabel):
+    axis.bar(list(values), list(values.values()), color=[f"C{i}" for i in range(len(values))])
+    axis.set_ylabel(ylabel)

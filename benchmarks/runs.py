@@ -1,0 +1,189 @@
+"""The runs that compare.py compares: read from their folders, checked, grouped by variant."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run left behind."""
+
+    path: str
+    facts: dict  # config.json
+    rows: list  # metrics.jsonl
+
+    @property
+    def name(self):
+        return Path(self.facts["train"]["out_dir"]).name
+
+    def column(self, key):
+        """The finite values of a metric."""
+        return [row[key] for row in self.with_finite(key)]
+
+    def with_finite(self, key):
+        return [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
+
+    def last_evaluation(self):
+        return [row for row in self.rows if "val/loss" in row][-1]
+
+
+def load(path):
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path} is no folder; compare.py takes the out_dir of runs")
+    if (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file():
+        facts, rows = read_json(folder / "config.json"), read_rows(folder / "metrics.jsonl")
+    elif any(folder.glob("*.wandb")) or any(folder.glob("*/*.wandb")):
+        facts, rows = read_wandb(folder)
+    else:
+        raise UserError(f"{path} is no run: it holds neither config.json and metrics.jsonl nor a file of wandb's")
+    needed = {
+        "run_id",
+        "variant",
+        "model",
+        "train",
+        "data",
+        "params",
+        "flops_per_token",
+        "kv_bytes_per_token",
+        "device",
+    }
+    missing = sorted(needed - set(facts))
+    if missing:
+        raise UserError(f"the settings in {path} lack {', '.join(missing)}: another program or version wrote them")
+    if not all(is_row(row) for row in rows):
+        raise UserError(f"a row of {path} is not numbers by name, step, tokens and time_s among them")
+    found = Run(str(path), facts, rows)
+    if not found.column("val/loss"):
+        raise UserError(f"{path} has no validation loss yet; train until its first evaluation or leave it out")
+    return found
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def is_row(row):
+    valid = isinstance(row, dict) and {"step", "tokens", "time_s"} <= row.keys()
+    return valid and all(isinstance(value, int | float) for value in row.values())
+
+
+def read_rows(path):
+    """The rows of metrics.jsonl. A half-written last line is what a running or killed process leaves: no row yet."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is not JSON: {error}; remove the line") from None
+    return rows
+
+
+def read_wandb(folder):
+    """Settings and rows of an offline run, by wandb's own reader."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    summary = subprocess.run([*command, "--summary", str(folder)], capture_output=True, text=True, check=False)
+    records = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+    if summary.returncode or records.returncode:
+        why = (summary.stderr or records.stderr).strip().splitlines()[-1:] or ["no reason given"]
+        raise UserError(f"wandb cannot read {folder} ({why[0]}); give the run folder above it, or pip install wandb")
+    items = [json.loads(line) for line in records.stdout.splitlines()]
+    rows = [numbers(item["history"]["item"]) for item in items if item["type"] == "history"]
+    return json.loads(summary.stdout).get("config", {}), rows
+
+
+def numbers(item):
+    """A row without what wandb adds. It writes numbers that are not finite as words."""
+    words = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+    row = {key: words.get(value, value) if isinstance(value, str) else value for key, value in item.items()}
+    ours = [key for key in row if not key.startswith(("_", "samples."))]
+    return {key: row[key] for key in ours if isinstance(row[key], int | float)}
+
+
+# May these runs be compared?
+
+
+def distinct(runs):
+    """(runs, notes): a run that was given twice, perhaps once as wandb's folder, counts once."""
+    kept, notes = {}, []
+    for found in runs:
+        twin = kept.setdefault(found.facts["run_id"], found)
+        if twin is not found:
+            notes.append(f"{found.path} is the same run as {twin.path} and counts once")
+    return list(kept.values()), notes
+
+
+def objections(runs):
+    """Lines that say what makes a comparison of these runs unfair."""
+    return [*cut_short(runs), *data_differences(runs), *same_seeds(runs)]
+
+
+def cut_short(runs):
+    for found in runs:
+        last, end = found.last_evaluation(), found.facts["train"]["max_steps"]
+        if last["step"] < end:
+            yield f"{found.path} is cut short: its last evaluation is of step {last['step']}, its end would be {end}"
+        elif not math.isfinite(last["val/loss"]):
+            yield f"{found.path} ends with the validation loss {last['val/loss']}"
+
+
+def data_differences(runs):
+    """What evaluations depend on besides the model, and the training data, must be those of the first run."""
+    first, *others = runs
+    for found in others:
+        here, there = data_of(found.facts), data_of(first.facts)
+        different = [f"{key} is {here[key]}, there {there[key]}" for key in here if here[key] != there[key]]
+        if different:
+            yield f"{found.path} and {first.path} have different data: {', '.join(different)}"
+
+
+def data_of(facts):
+    found = {"eval_tokens": facts["train"]["eval_tokens"], "max_seq_len": facts["model"]["max_seq_len"]}
+    for split, words in (("train", "the training split"), ("val", "the validation split")):
+        shards = facts["data"].get("splits", {}).get(split, {}).get("shards", [])
+        tokens = sum(shard["tokens"] for shard in shards)
+        digests = "".join(shard["sha256"][:8] for shard in shards)
+        found[words] = f"{tokens:,} tokens of {facts['data'].get('source')} ({digests or 'unknown'})"
+    return found
+
+
+def same_seeds(runs):
+    """The spread of runs that share a seed is no noise of seeds."""
+    seen = {}
+    for label, group in by_variant(runs).items():
+        for found in group:
+            twin = seen.setdefault((label, found.facts["train"]["seed"]), found)
+            if twin is not found:
+                yield f"{found.path} and {twin.path} are the same variant, {label}, with the same seed"
+
+
+# Which of them belong together?
+
+ATTENTION = {"attention", "n_kv_head", "window", "window_pattern"}  # what the variant's name says
+# Different in every run, without meaning for the result, or compared by content.
+NO_PART_OF_LABEL = {"seed", "out_dir", "resume", "wandb", "wandb_project", "wandb_group", "data", "eval_tokens"}
+NO_PART_OF_LABEL |= {"log_interval", "eval_interval", "save_interval", "keep_checkpoints"}
+
+
+def by_variant(runs):
+    """{label: runs that differ in the seed alone}. A setting that differs besides attention becomes part of the label."""
+    settings = [{**found.facts["model"], **found.facts["train"]} for found in runs]
+    keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key not in ATTENTION | NO_PART_OF_LABEL]
+    differing = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
+    groups = {}
+    for found, each in zip(runs, settings, strict=True):
+        label = " ".join([found.facts["variant"], *(f"{key}={each.get(key)}" for key in differing)])
+        groups.setdefault(label, []).append(found)
+    return groups

@@ -1,0 +1,76 @@
+"""The claims: each experiment runs in a tiny size and finds what has to be so on any machine."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.claims import TINY, bench_claims
+from benchmarks.claims_serving import grouping_shrinks_the_cache, mixes, serve, wasted
+from benchmarks.claims_training import bytes_made, receptive_field
+from engine import Engine, Request
+from kernels import reference, sdpa
+from model import GPT, ModelConfig
+
+CPU = torch.device("cpu")
+
+
+def test_all_claims_are_measured_written_and_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.claims.pick_device", lambda name: CPU)
+    bench_claims(SimpleNamespace(out_dir=str(tmp_path), rounds=1))
+    written = json.loads((tmp_path / "claims-cpu.json").read_text())
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == written
+    assert len(written["rows"]) == 8 and (tmp_path / "claims-cpu.png").stat().st_size > 10_000
+    for row in written["rows"]:
+        assert row["verdict"] == "holds" or row["verdict"].startswith("no, because ")
+        assert row["claim"] in printed and row["measured"] in printed
+    verdicts = {row["claim"]: row["verdict"] for row in written["rows"]}
+    for exact in (
+        "MQA and GQA shrink the KV cache to n_kv_head / n_head",
+        "Information travels window - 1 tokens a layer",
+    ):
+        assert verdicts[exact] == "holds"
+    assert "counted exactly so at 6 of 6 shapes" in written["rows"][0]["measured"]
+
+
+@pytest.mark.parametrize("layers, window", [(1, 1), (2, 3), (3, 4)])
+def test_the_receptive_field(layers, window):
+    assert receptive_field(layers, window) == layers * (window - 1) + 1
+
+
+def test_the_cache_is_measured_and_not_computed():
+    measured = grouping_shrinks_the_cache(TINY, CPU, torch.float32, 1)["data"]["bytes_per_token"]
+    assert measured == {"mha": 2 * 2 * 8 * 64 * 4, "gqa": 2 * 2 * 2 * 64 * 4, "mqa": 2 * 2 * 1 * 64 * 4}
+
+
+def test_the_definition_makes_n_by_n_and_sdpa_does_not():
+    q, k, v = torch.randn(3, 1, 64, 2, 16)
+    assert bytes_made(lambda: reference.attention(q, k, v), CPU) == 2 * 64 * 64 * 4
+    assert bytes_made(lambda: sdpa.attention(q, k, v), CPU) == q.nbytes
+
+
+def tiny_model():
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=16, max_seq_len=64, vocab_size=256))
+    model.init_weights(1)
+    return model.eval()
+
+
+def test_serving_counts_tokens_and_never_exceeds_its_limit():
+    engine = Engine(tiny_model(), num_pages=20)
+    served = serve(engine, [Request([1] * 3, 4), Request([2] * 5, 2), Request([3] * 7, 3)], at_once=2)
+    assert served.tokens == 9 and max(served.running) == 2 and not engine.has_work()
+    assert served.cached[0] == 3 + 5, "prompts are cached, the tokens just drawn are not"
+
+
+def test_the_waste_of_full_sequences_is_that_of_growing():
+    """16 of 64 tokens as prompt, then one more each step: reserved is 64, cached 16 to 63, and in whole pages."""
+    contiguous, pages = wasted(tiny_model(), [Request([1] * 16, 48)], at_once=1)
+    assert contiguous == pytest.approx(1 - sum(range(16, 64)) / (48 * 64))
+    assert pages == pytest.approx(1 - 63 / 64)
+
+
+def test_mixes_fit_the_context():
+    for lengths in mixes(TINY).values():
+        assert all(prompt >= 1 and new >= 1 and prompt + new <= TINY.max_seq_len for prompt, new in lengths)

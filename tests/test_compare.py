@@ -1,0 +1,268 @@
+"""Runs side by side: what may be compared, what the table says, what counts as a difference."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+
+import pytest
+from test_runlog import log_of
+from util import repository, script
+
+import compare
+from benchmarks.runs import ATTENTION, load
+from config import UserError, parse
+from model import ModelConfig
+from runlog import variant
+from train import TrainConfig
+
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 64, "max_seq_len": 64, "vocab_size": 256}
+LOSSES = (4.0, 3.0, 2.5, 2.25)
+
+
+def write_run(folder, losses=LOSSES, seed=1, text="text", eval_tokens=512, speed=1000.0, **attention):
+    """A run folder as train.py leaves it: an evaluation every 10 steps of 100 tokens and 2 seconds."""
+    model = ModelConfig(**SHAPE, **attention)
+    train = TrainConfig(out_dir=str(folder), max_steps=40, seed=seed, eval_tokens=eval_tokens)
+    shard = {"file": "a.bin", "tokens": 900, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    facts = {
+        "run_id": str(folder),
+        "variant": variant(model),
+        "model": dataclasses.asdict(model),
+        "train": dataclasses.asdict(train),
+        "data": {"source": text, "splits": {"train": {"shards": [shard]}, "val": {"shards": [shard]}}},
+        "params": 1_234_567,
+        "flops_per_token": 7e6,
+        "kv_bytes_per_token": 1024 * model.n_kv_head,
+        "device": "cpu",
+        "dtype": "float32",
+        "versions": {"torch": "2"},
+        "git_commit": "a" * 40,
+    }
+    rows = []
+    for i, loss in enumerate(losses, start=1):
+        base = {"step": 10 * i, "tokens": 1000 * i, "time_s": 20.0 * i}
+        rows.append({**base, "train/loss": loss, "tokens_per_s": speed * (0.1 if i == 1 else 1), "peak_mem_gib": i / 4})
+        rows.append({**base, "val/loss": loss, "val/stderr": 0.03})
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def shifted(by):
+    return [loss + by for loss in LOSSES]
+
+
+@pytest.fixture
+def run_compare(tmp_path, capsys, monkeypatch):
+    """Run it in an empty folder: (what it printed, table.json)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv):
+        compare.main([*map(str, argv), f"--out={tmp_path / 'results'}"])
+        return capsys.readouterr().out, json.loads((tmp_path / "results" / "table.json").read_text())
+
+    return call
+
+
+def test_the_variants_resolved_settings_differ_in_attention_alone():
+    flags = {"mha": [], "mqa": [], "gqa": [], "swa": [], "hybrid": ["--attention=swa", "--window_pattern=LLLG"]}
+    resolved = {}
+    for name, more in flags.items():
+        argv = [
+            f"{repository}/configs/gpt2_124m.toml",
+            *(more or [f"--attention={name}"]),
+            f"--out_dir=out/124m-{name}",
+        ]
+        _, model, train = parse(argv, ModelConfig, TrainConfig, usage="")
+        resolved[name] = {**dataclasses.asdict(model), **dataclasses.asdict(train)}
+    for name, settings in resolved.items():
+        different = {key for key in settings if settings[key] != resolved["mha"][key]}
+        assert different <= ATTENTION | {"out_dir"}, name
+    numbers = [(s["n_kv_head"], s["window"], s["window_pattern"]) for s in resolved.values()]
+    assert numbers == [(12, 0, "L"), (1, 0, "L"), (3, 0, "L"), (12, 256, "L"), (12, 256, "LLLG")]
+
+
+def test_table_files_and_plots(tmp_path, run_compare):
+    """A run folder with a space in its name, two seeds, a hybrid, decoding speeds."""
+    paths = [
+        write_run(tmp_path / "out" / "with space"),
+        write_run(tmp_path / "out" / "mha-2", losses=shifted(0.02), seed=2, speed=2000.0),
+        write_run(tmp_path / "out" / "mqa", losses=shifted(0.2), attention="mqa"),
+        write_run(tmp_path / "out" / "hybrid", losses=shifted(0.01), attention="swa", window_pattern="LLLG"),
+    ]
+    speeds = [
+        {"attention": "mha", "batch": 1, "tokens_per_s": 10.0},
+        {"attention": "mqa", "batch": 8, "tokens_per_s": 20.0},
+    ]
+    (tmp_path / "decode.json").write_text(
+        json.dumps({"rows": [*speeds, {"attention": "swa", "batch": 8, "tokens_per_s": 5.0}]})
+    )
+    printed, results = run_compare(*paths, "--target_loss=2.75", f"--decode={tmp_path / 'decode.json'}")
+    mha, mqa, hybrid = results["rows"]
+    assert (mha["seeds"], mha["tokens_per_s"], mha["peak_mem_gib"]) == (2, 1500.0, 1.0)
+    assert mha["final_loss"] == pytest.approx(2.26) and mha["seed_deviation"] == pytest.approx(0.02 / math.sqrt(2))
+    assert mha["target_tokens"] == pytest.approx((2500 + 2540) / 2), "on the line between evaluations"
+    assert mha["target_time_s"] == pytest.approx((50 + 50.8) / 2)
+    assert mha["decode_tokens_per_s"] == {"1": 10.0} and hybrid["decode_tokens_per_s"] == {}
+    assert (mqa["n_kv_head"], mqa["kv_bytes_per_token"], mqa["kv_bytes_needed"]) == (1, 1024, 1024)
+    assert hybrid["kv_bytes_needed"] == 4096 * (3 * 16 / 64 + 1) / 4
+    assert "| mha | 2 | 0.0141 | 4 | none | 1.2M |" in printed
+    assert "| mqa | 1 |  | 1 | none | 1.2M | 2.4500 ± 0.0300 | 2.4500 | 1,000 | 1.0 GiB | 7 |" in printed
+    assert (
+        "| swa-w16-LLLG | 1 |  | 4 | 16, LLLG |" in printed
+        and "decode tokens/s, batch 8" in printed
+        and "MFU" not in printed
+    )
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    assert written == {"table.json", "table.md", "curves.png", "curves.svg", "runs"}
+
+    before = {path: path.read_bytes() for path in (tmp_path / "results").glob("curves.*")}
+    again = sorted((tmp_path / "results" / "runs").iterdir(), key=lambda path: [p.name for p in paths].index(path.name))
+    _, from_results = run_compare(*again, "--target_loss=2.75", f"--decode={tmp_path / 'decode.json'}")
+    assert {**from_results, "command": ""} == {**results, "command": ""}
+    assert before == {path: path.read_bytes() for path in before}, "the same results give the same files"
+
+
+def test_a_difference_inside_the_band_is_none(tmp_path, run_compare):
+    differences = {"mqa": 0.3, "gqa": 0.2, "swa": -0.3}
+    paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", losses=shifted(0.02), seed=2)]
+    paths += [write_run(tmp_path / name, losses=shifted(by), attention=name) for name, by in differences.items()]
+    _, results = run_compare(*paths)
+    band = 12.71 * 0.02 / math.sqrt(2) * math.sqrt(1 + 1 / 2)
+    noise, mqa, gqa, swa = results["verdicts"]
+    assert noise == "Noise: 2 seeds of mha have a standard deviation of 0.0141."
+    assert mqa == f"mqa - mha: +0.2900, band ± {band:.4f}: higher."
+    assert gqa == f"gqa-1 - mha: +0.1900, band ± {band:.4f}: no difference."
+    assert swa.endswith(": lower.")
+
+
+def test_without_a_second_seed_the_evaluations_errors_are_the_band(tmp_path, run_compare):
+    _, results = run_compare(
+        write_run(tmp_path / "a"), write_run(tmp_path / "b", losses=shifted(0.08), attention="mqa")
+    )
+    assert results["verdicts"][1] == f"mqa - mha: +0.0800, band ± {2 * math.hypot(0.03, 0.03):.4f}: no difference."
+
+
+def test_one_run_alone_and_a_half_written_last_line(tmp_path, run_compare):
+    with open(write_run(tmp_path / "a") / "metrics.jsonl", "a") as file:
+        file.write('{"step": 50, "val/lo')
+    printed, results = run_compare(tmp_path / "a")
+    assert len(results["rows"]) == 1 and results["verdicts"] == [] and "| mha |" in printed
+
+
+def test_other_settings_that_differ_become_part_of_the_label(tmp_path, run_compare):
+    for name, layers in (("a", 4), ("b", 2)):
+        folder = write_run(tmp_path / name)
+        facts = json.loads((folder / "config.json").read_text())
+        facts["model"]["n_layer"] = layers
+        (folder / "config.json").write_text(json.dumps(facts))
+    _, results = run_compare(tmp_path / "a", tmp_path / "b")
+    assert [row["variant"] for row in results["rows"]] == ["mha n_layer=4", "mha n_layer=2"]
+
+
+def wrong_cases(folder):
+    """{case: (arguments, words of the one line)}; all but the first few may be forced."""
+    good = write_run(folder / "good")
+    empty = write_run(folder / "empty")
+    (empty / "metrics.jsonl").write_text("")
+    broken = write_run(folder / "broken")
+    (broken / "metrics.jsonl").write_text('{"step": 1\n{"step": 2, "tokens": 1, "time_s": 1}\n')
+    strange = write_run(folder / "strange")
+    (strange / "metrics.jsonl").write_text('{"step": 1, "val/loss": null}\n')
+    older = write_run(folder / "older")
+    (older / "config.json").write_text('{"model": {}}')
+    (folder / "plain").mkdir()
+    (folder / "wandb").mkdir()
+    (folder / "wandb" / "run-a.wandb").write_bytes(b"")
+    return {
+        "nothing": ([], "takes run folders"),
+        "absent": ([folder / "absent"], "absent is no folder"),
+        "no run": ([folder / "plain"], "plain is no run"),
+        "no rows": ([empty], "no validation loss yet"),
+        "not JSON": ([broken], "line 1 is not JSON"),
+        "not numbers": ([strange], "not numbers by name"),
+        "other version": ([older], "lack data, device, flops_per_token"),
+        "wandb without history": ([folder / "wandb"], str(folder / "wandb")),
+        "decode": ([good, "--decode=nowhere.json"], "no file nowhere.json"),
+        "readme": ([good, f"--readme={folder / 'good' / 'config.json'}"], "no place for the table"),
+        "cut short": (
+            [write_run(folder / "short", losses=(4.0, 3.0))],
+            "short is cut short: its last evaluation is of step 20",
+        ),
+        "not finite": (
+            [write_run(folder / "nan", losses=(4.0, 3.0, 2.0, math.nan))],
+            "nan ends with the validation loss nan",
+        ),
+        "evaluation": (
+            [good, write_run(folder / "tokens", eval_tokens=64, attention="mqa")],
+            "eval_tokens is 64, there 512",
+        ),
+        "data": (
+            [good, write_run(folder / "text", text="other", attention="mqa")],
+            "the validation split is 900 tokens of other",
+        ),
+        "seeds": ([good, write_run(folder / "twin")], "twin and"),
+    }
+
+
+FORCIBLE = ("cut short", "not finite", "evaluation", "data", "seeds")
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, run_compare):
+    for case, (arguments, words) in wrong_cases(tmp_path).items():
+        with pytest.raises(UserError) as caught:
+            run_compare(*arguments)
+        assert words in str(caught.value) and "\n" not in str(caught.value), case
+        if case in FORCIBLE:
+            printed, _ = run_compare(*arguments, "--force")
+            assert (
+                f"- Note: {str(caught.value).removesuffix('; mend that, leave a run out, or add --force')}." in printed
+            ), case
+
+
+def test_the_program_ends_with_exit_code_2(tmp_path):
+    result = script("compare.py", tmp_path, check=False)
+    assert result.returncode == 2 and result.stderr == (
+        f"error: {tmp_path} is no run: it holds neither config.json and metrics.jsonl nor a file of wandb's\n"
+    )
+
+
+def test_wandb_folders_and_runs_given_twice(tmp_path, run_compare):
+    """A run's folder, its wandb folder and a copy are one run; the wandb folder alone gives the same table."""
+    pytest.importorskip("wandb")
+    log = log_of(tmp_path / "run", 0)
+    for step in range(1, 9):
+        log.progress(step, loss=1.0, grad_norm=1.0, lr=0.1)
+    log.evaluation(8, val_loss=2.0, stderr=0.1, text="text")
+    log.close(8)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (mirror,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    merged = {}
+    for row in load(tmp_path / "run").rows:
+        merged.setdefault(row["step"], {}).update(row)
+    assert load(mirror).rows == load(tmp_path / "run" / "wandb").rows == list(merged.values())
+    assert load(mirror).facts == load(tmp_path / "run").facts
+    _, results = run_compare(tmp_path / "run", mirror, tmp_path / "copy")
+    assert results["rows"][0]["seeds"] == 1 and len(results["notes"]) == 2
+    assert "is the same run as" in results["notes"][0]
+    _, alone = run_compare(mirror)
+    assert alone["rows"] == results["rows"]
+
+
+def test_the_section_goes_between_the_marks_of_the_readme(tmp_path, run_compare):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{compare.BEGIN}\nold\n{compare.END}\nbelow\n")
+    for _ in range(2):
+        _, results = run_compare(
+            write_run(tmp_path / "a") if not (tmp_path / "a").exists() else tmp_path / "a", f"--readme={readme}"
+        )
+        assert readme.read_text() == f"above\n{compare.BEGIN}\n{compare.section(results)}\n{compare.END}\nbelow\n"
+
+
+@pytest.mark.skipif(not (repository / "results/variants/table.json").exists(), reason="no results/variants/table.json")
+def test_the_readmes_table_is_the_measured_one():
+    results = json.loads((repository / "results/variants/table.json").read_text())
+    assert f"{compare.BEGIN}\n{compare.section(results)}\n{compare.END}" in (repository / "README.md").read_text()
