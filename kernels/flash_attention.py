@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import kernel_layout, on_hopper, require, require_computable, strides
 from kernels.primitives import (
     LOG2_E,
     LOWEST,
@@ -272,12 +273,7 @@ AMPERE = {
     256: (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
 }
 FLOAT32 = {64: (Tiles(32, 32, 4, 1),) * 3, 128: (Tiles(32, 32, 4, 1),) * 3, 256: (Tiles(16, 16, 4, 1),) * 3}
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in Python
 L2_SHARE = 16 << 20  # bytes that heads walked together may read over and over: a third of an H100's L2 cache
-
-
-def on_hopper(x):
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def choose_tiles(q, window):
@@ -291,17 +287,6 @@ def choose_tiles(q, window):
 def heads_in_cache(x, heads):
     """How many times `heads` heads of x, and of another tensor of its shape, fit into their share of the L2 cache."""
     return max(1, int(L2_SHARE / (2 * x.shape[1] * x.shape[3] * x.element_size() * heads)))
-
-
-def kernel_layout(x):
-    """x itself where the kernels can read it: 16 bytes at once along D, which views of a fused projection allow."""
-    aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 and s > 0 for s, n in zip(x.stride()[:3], x.shape[:3]) if n > 1)
-    return x if aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
-def strides(x):
-    """(batch, token, head); a dimension of size 1 has any stride, so it gets one that keeps the kernels' promises."""
-    return tuple(s if n > 1 else 8 for s, n in zip(x.stride()[:3], x.shape[:3]))
 
 
 def launch(kernel, tiles, num_programs, heads_together, inputs, **arguments):
@@ -447,24 +432,18 @@ def flash_attention(q, k, v, window=0, scale=None):
 
 
 def check(q, k, v, window, scale):
-    """Refuse what the kernels cannot do, naming the argument, its value and what is taken."""
+    def takes(holds, name, value, what):
+        require(holds, f"flash_attention: {name}", value, what)
 
-    def require(holds, name, value, takes):
-        if not holds:
-            raise ValueError(f"flash_attention: {name} is {value}; it takes {takes}")
-
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.dim() == 4 and x.numel() > 0, f"{name}.shape", tuple(x.shape), "four dimensions (B, T, heads, D), none of them 0")
+    require_computable("flash_attention", "q", q, 4, "(B, T, heads, D)")
     B, T_q, H, D = q.shape
-    require(D % 8 == 0 and 16 <= D <= 256, "q.shape[3]", D, "a head size D from 16 to 256 that is a multiple of 8")
-    require(k.shape[0] == B and k.shape[3] == D, "k.shape", tuple(k.shape), f"q's B={B} and D={D}")
-    require(k.shape[1] >= T_q, "k.shape[1]", k.shape[1], f"at least q's {T_q} tokens")
-    require(H % k.shape[2] == 0, "k.shape[2]", k.shape[2], f"a number of heads that divides q's {H}")
-    require(v.shape == k.shape, "v.shape", tuple(v.shape), f"k's shape {tuple(k.shape)}")
-    require(q.dtype in (torch.bfloat16, torch.float16, torch.float32), "q.dtype", q.dtype, "bfloat16, float16 or float32")
-    require(q.device.type == "cuda" or INTERPRETED, "q.device", q.device, "an NVIDIA GPU, or the CPU under TRITON_INTERPRET=1")
     for name, x in (("k", k), ("v", v)):
-        require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's {q.dtype}")
-        require(x.device == q.device, f"{name}.device", x.device, f"q's {q.device}")
-    require(isinstance(window, int) and window >= 0, "window", window, "a whole number from 0 on, 0 for no limit")
-    require(0 < scale < math.inf, "scale", scale, "a finite number above 0")
+        takes(x.dim() == 4 and x.numel() > 0, f"{name}.shape", tuple(x.shape), "4 dimensions (B, T, heads, D), none of them 0")
+        takes(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's {q.dtype}")
+        takes(x.device == q.device, f"{name}.device", x.device, f"q's {q.device}")
+    takes(k.shape[0] == B and k.shape[3] == D, "k.shape", tuple(k.shape), f"q's B={B} and D={D}")
+    takes(k.shape[1] >= T_q, "k.shape[1]", k.shape[1], f"at least q's {T_q} tokens")
+    takes(H % k.shape[2] == 0, "k.shape[2]", k.shape[2], f"a number of heads that divides q's {H}")
+    takes(v.shape == k.shape, "v.shape", tuple(v.shape), f"k's shape {tuple(k.shape)}")
+    takes(isinstance(window, int) and window >= 0, "window", window, "a whole number from 0 on, 0 for no limit")
+    takes(0 < scale < math.inf, "scale", scale, "a finite number above 0")

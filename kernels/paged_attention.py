@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.flash_attention import INTERPRETED, kernel_layout, on_hopper, strides
+from kernels.launch import kernel_layout, on_hopper, require, require_computable, strides
 from kernels.primitives import (
     LOG2_E,
     LOWEST,
@@ -276,12 +276,14 @@ class Tiles(NamedTuple):
 
 
 # (decode, prefill) by the padded head size. Keys are found through page ids, so two loads follow each other: five stages
-# are two tiles under way, three would be one. Not tuned.
+# are two tiles under way, seven are three. Decoding at 64 and 128 was tuned on an H100 80GB HBM3 in bf16 with the shapes of
+# `python bench.py decode` (NOTES.md); the rest was not.
 HOPPER = {
-    64: (Tiles(16, 64, 4, 5, 16), Tiles(64, 64, 4, 5)),
-    128: (Tiles(16, 64, 4, 5, 16), Tiles(64, 64, 4, 5)),
+    64: (Tiles(16, 32, 1, 7, 16), Tiles(64, 64, 4, 5)),
+    128: (Tiles(16, 64, 2, 5, 16), Tiles(64, 64, 4, 5)),
     256: (Tiles(16, 32, 4, 5, 16), Tiles(64, 32, 4, 5)),
 }
+MANY_ROWS = Tiles(32, 128, 4, 5, 8)  # decoding on Hopper at 128 with more than 16 query heads a KV head, as in MQA
 # The same for the 99 KB of shared memory of every GPU since Ampere. Not tuned.
 AMPERE = {
     64: (Tiles(16, 64, 4, 5, 12), Tiles(64, 64, 4, 5)),
@@ -295,7 +297,7 @@ FLOAT32 = {
 }
 MAX_ROWS = {64: 128, 128: 128, 256: 64}  # query heads a KV head, by the padded head size: what fits into registers
 SHORTEST, LONGEST = 128, 4096  # keys of a split: fewer do not pay for the combining, more would be a long tail
-MAX_SPLITS = 64  # to fill the chip with one sequence; each costs the program that combines them
+MANY_SPLITS = 16  # more are made only to give each multiprocessor a program: each costs the program that combines them
 COUNTERS = 1 << 14  # with more sequences times KV heads than this nothing needs to be split
 
 
@@ -303,9 +305,12 @@ def padded(D):
     return 64 if D <= 64 else 128 if D <= 128 else 256
 
 
-def choose_tiles(q):
+def choose_tiles(q, group):
     """(decode, prefill) for these queries and the GPU that they are on."""
-    return (FLOAT32 if q.dtype == torch.float32 else HOPPER if on_hopper(q) else AMPERE)[padded(q.shape[2])]
+    if q.dtype == torch.float32 or not on_hopper(q):
+        return (FLOAT32 if q.dtype == torch.float32 else AMPERE)[padded(q.shape[2])]
+    decode_tiles, prefill_tiles = HOPPER[padded(q.shape[2])]
+    return MANY_ROWS if group > 16 and padded(q.shape[2]) == 128 else decode_tiles, prefill_tiles
 
 
 def choose_splits(units, rows, max_keys, tiles, multiprocessors):
@@ -316,7 +321,7 @@ def choose_splits(units, rows, max_keys, tiles, multiprocessors):
     if units > COUNTERS:
         return 1, 1
     wanted = triton.cdiv(multiprocessors * tiles.programs * 16, units * max(16, rows))
-    fill = min(wanted, MAX_SPLITS, triton.cdiv(max_keys, SHORTEST))
+    fill = min(wanted, max(MANY_SPLITS, multiprocessors // units), triton.cdiv(max_keys, SHORTEST))
     shortest = max(SHORTEST, min(1024 // wanted, 4 * SHORTEST))
     return max(fill, triton.cdiv(max_keys, LONGEST), 1), triton.cdiv(shortest, tiles.block_n)
 
@@ -424,7 +429,7 @@ def _paged(
     max_seq_len: int,
 ) -> Tensor:
     inputs = (kernel_layout(q[None])[0], k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale)
-    decode_tiles, prefill_tiles = choose_tiles(q)
+    decode_tiles, prefill_tiles = choose_tiles(q, q.shape[1] // k_pages.shape[2])
     return decode(decode_tiles, inputs, max_seq_len) if max_query_len == 1 else prefill(prefill_tiles, inputs)
 
 
@@ -530,26 +535,14 @@ def paged_attention(
     return _paged(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale, max_query_len, max_seq_len)
 
 
-def require(holds, name, value, takes):
-    if not holds:
-        raise ValueError(f"{name} is {value}; it takes {takes}")
-
-
 def described(x):
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def check(function, name, x, k_pages, v_pages):
     """What both functions ask of the tokens x, and of the pages that belong to them."""
-    D = x.shape[-1]
-    somewhere = x.is_cuda or INTERPRETED
-    for holds, what, value, takes in (
-        (x.dim() == 3 and x.numel() > 0, "shape", tuple(x.shape), "three dimensions (N, heads, D), none of them 0"),
-        (D % 8 == 0 and 16 <= D <= 256, "shape[2]", D, "a head size D from 16 to 256 that is a multiple of 8"),
-        (x.dtype in (torch.bfloat16, torch.float16, torch.float32), "dtype", x.dtype, "bfloat16, float16 or float32"),
-        (somewhere, "device", x.device, "an NVIDIA GPU, or the CPU under TRITON_INTERPRET=1"),
-    ):
-        require(holds, f"{function}: {name}.{what}", value, takes)
+    require_computable(function, name, x, 3, "(N, heads, D)")
+    D = x.shape[2]
     for pages_name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         fits = pages.dim() == 4 and pages.numel() > 0 and pages.shape == k_pages.shape and pages.shape[3] == D
         fits = fits and pages.shape[0] * pages.shape[1] < 2**31

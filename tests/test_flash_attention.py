@@ -13,7 +13,8 @@ import torch
 from util import environment, repository
 
 from kernels import reference
-from kernels.flash_attention import _backward, _forward, flash_attention, kernel_layout
+from kernels.flash_attention import _backward, _forward, flash_attention
+from kernels.launch import kernel_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -175,13 +175,14 @@ def test_splits_fill_the_chip_and_stay_long_enough():
     def splits(units, max_keys):
         return choose_splits(units, 4, max_keys, tiles, 132)[0]
 
-    assert splits(8, 32_768) * 8 >= 3 * 132  # a long sequence alone
+    assert splits(8, 32_768) == 16  # a long sequence alone
+    assert splits(1, 32_768) == 132  # a program for each multiprocessor
     assert splits(12, 1024) == 8  # 128 keys each
     assert splits(12, 100) == 1
     assert splits(2**15, 10**6) == 1  # more pairs than counters
     assert splits(2**13, 2**17) == 32  # no program walks for ever
     for batch in range(2, 257):
-        assert batch * 8 * splits(batch * 8, 8192) >= min(batch * 8 * 64, 132 * 16)
+        assert batch * 8 * splits(batch * 8, 8192) >= min(batch * 8 * 16, 132 * 16)
 
 
 @pytest.mark.parametrize("count", [1, 20])

@@ -1,0 +1,38 @@
+"""What launching a kernel takes on the host: layouts that the kernels can read, the GPU at hand, refusals."""
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in Python
+
+
+def on_hopper(x):
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def kernel_layout(x):
+    """x itself where the kernels can read it: 16 bytes at once along D, which views of a fused projection allow."""
+    aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 and s > 0 for s, n in zip(x.stride()[:3], x.shape[:3]) if n > 1)
+    return x if aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(x):
+    """(batch, token, head); a dimension of size 1 has any stride, so it gets one that keeps the kernels' promises."""
+    return tuple(s if n > 1 else 8 for s, n in zip(x.stride()[:3], x.shape[:3]))
+
+
+def require(holds, name, value, takes):
+    """Refuse what a kernel cannot do, naming the argument, its value and what is taken."""
+    if not holds:
+        raise ValueError(f"{name} is {value}; it takes {takes}")
+
+
+def require_computable(function, name, x, rank, axes):
+    """What every attention kernel asks of its queries: rank, head size, dtype, device."""
+    require(x.dim() == rank and x.numel() > 0, f"{function}: {name}.shape", tuple(x.shape), f"{rank} dimensions {axes}, none of them 0")
+    D = x.shape[-1]
+    require(D % 8 == 0 and 16 <= D <= 256, f"{function}: {name}.shape[{rank - 1}]", D, "a head size D from 16 to 256 that is a multiple of 8")
+    known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    require(known, f"{function}: {name}.dtype", x.dtype, "bfloat16, float16 or float32")
+    somewhere = x.device.type == "cuda" or INTERPRETED
+    require(somewhere, f"{function}: {name}.device", x.device, "an NVIDIA GPU, or the CPU under TRITON_INTERPRET=1")
