@@ -1,156 +1,35 @@
 """Decoding over a paged KV cache: token ids in, token ids out, many sequences at once.
 
     add -> waiting -> running -> finished      One step:  schedule     which sequences compute how many tokens
-              ^          |                                run          pack them, forward pass, draw tokens
+              ^          |                                launch       the device packs, computes and draws them
               +----------+                                postprocess  append what was drawn, let go what has ended
         preempted: out of pages
 
 K and V of all tokens so far are kept, because every new token looks at them. They are kept in pages of a few tokens,
 taken from one pool when they are needed, so that no memory is reserved for text that may never come (PagedAttention,
 Kwon et al. 2023, section 4). Sequences enter and leave between any two steps, so none waits for another to end
-(iteration-level scheduling: Yu et al. 2022, Orca, section 3).
+(iteration-level scheduling: Yu et al. 2022, Orca, section 3), and a long prompt is computed in pieces beside those that
+decode, so none waits for a prompt either.
 
-The tokens of a step are packed into one row (1, N) without padding, some sequences giving one token and some a piece
-of their prompt. Only attention can tell them apart, so the model runs as in training, with `PagedKVCache.attend` in
-place of the dense kernel:
+A piece of prompt, the rest of one behind what was found in the cache, a decoded token and a preempted sequence that
+computes all its tokens again are one case: tokens whose K and V are not cached yet.
 
-    model.features(tokens, attend, positions) -> layer: q, k, v -> k, v into slot_mapping -> attention over pages
+On a GPU two steps are under way: step n + 1 is scheduled and launched while step n runs, before anyone knows what it
+draws. So a sequence may have a token `pending`: drawn, but read only after the next step is launched, which finds it on
+the device. Whoever turns out to have ended has computed one token too many, which is thrown away.
 
-`model` is anything with .config, .parameters(), .features and .logits. A chunk of prompt, the rest of a prompt after
-a chunk, a decoded token and a preempted sequence that computes all its tokens again are one case: tokens whose K and V
-are not cached yet.
+`paging` says who holds which page, `runner` computes, `sampling` draws. The model is anything with .config,
+.parameters(), .features and .logits.
 """
 
-import hashlib
 import time
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-
-from kernels import paged_sdpa, reference
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to continue, and how to draw. `Engine.add` checks it."""
-
-    prompt: list[int]  # token ids
-    max_new_tokens: int
-    temperature: float = 0.0  # 0: the likeliest token
-    top_k: int = 0  # draw among the k likeliest tokens; 0: no limit
-    top_p: float = 1.0  # draw among the fewest likeliest tokens that have this probability together
-    seed: int = 0
-    stop_tokens: tuple[int, ...] = ()  # one of these ends the sequence and is not part of it
-
-
-class Sequence:
-    """A request on its way."""
-
-    def __init__(self, request):
-        self.request = request
-        self.tokens = list(request.prompt)  # and what was generated
-        self.pages = []  # page ids: pages[j] holds the positions j * page_size and following
-        self.num_cached = 0  # tokens whose K and V are in the pages
-        self.finished = ""  # why: "length", "stop" or "cancelled"
-
-    @property
-    def generated(self):
-        return self.tokens[len(self.request.prompt) :]
-
-
-class PageAllocator:
-    """Page ids 0 to num_pages - 1, each of them free or held, never both."""
-
-    def __init__(self, num_pages):
-        self.free = list(range(num_pages))
-        self.held = set()
-
-    def take(self, count):
-        """`count` free pages; the caller has made sure that there are so many."""
-        pages = [self.free.pop() for _ in range(count)]
-        self.held.update(pages)
-        return pages
-
-    def give_back(self, pages):
-        for page in pages:
-            self.held.remove(page)  # a page that is given back twice is a KeyError here
-            self.free.append(page)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The tokens of one step, packed: sequence i has the rows cu_seqlens[i] up to cu_seqlens[i + 1]."""
-
-    tokens: torch.Tensor  # (1, N) ids
-    positions: torch.Tensor  # (N,) in their sequences
-    slot_mapping: torch.Tensor  # (N,) where their K and V go
-    page_table: torch.Tensor  # (num_seqs, max_pages) int32
-    seq_lens: torch.Tensor  # (num_seqs,) int32 on the host: tokens in the cache, those of this step included
-    cu_seqlens: torch.Tensor  # (num_seqs + 1,) int32 on the host
-
-
-class PagedKVCache:
-    """K and V of all layers in one pool of pages, and who holds which page.
-
-    num_pages x page_size tokens; each takes 2 * n_kv_head * head_dim * bytes a layer. max_window as for `Engine`.
-    """
-
-    def __init__(self, config, num_pages, page_size, max_window, dtype, device):
-        self.page_size = page_size
-        self.max_window = max_window
-        shape = (num_pages, page_size, config.n_kv_head, config.head_dim)
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.allocator = PageAllocator(num_pages)
-
-    def pages_for(self, num_tokens):
-        return -(-num_tokens // self.page_size)
-
-    def reserve(self, sequence, num_tokens):
-        """Let the sequence hold pages for its first num_tokens tokens. Returns False when there are too few."""
-        missing = self.pages_for(num_tokens) - len(sequence.pages)
-        if missing > len(self.allocator.free):
-            return False
-        sequence.pages += self.allocator.take(missing)
-        return True
-
-    def release(self, sequence):
-        self.allocator.give_back(sequence.pages)
-        sequence.pages = []
-        sequence.num_cached = 0
-
-    def batch(self, scheduled):
-        """Pack [(sequence, n), ...]: the next n tokens of each, whose pages are reserved."""
-        device = self.k[0].device
-        tokens, positions, slots, seq_lens, cu_seqlens = [], [], [], [], [0]
-        for sequence, n in scheduled:
-            span = range(sequence.num_cached, sequence.num_cached + n)
-            tokens += sequence.tokens[span.start : span.stop]
-            positions += span
-            slots += [sequence.pages[p // self.page_size] * self.page_size + p % self.page_size for p in span]
-            seq_lens.append(span.stop)
-            cu_seqlens.append(len(tokens))
-        max_pages = max(len(sequence.pages) for sequence, _ in scheduled)
-        table = [sequence.pages + [0] * (max_pages - len(sequence.pages)) for sequence, _ in scheduled]
-        return Batch(
-            tokens=torch.tensor([tokens], device=device),
-            positions=torch.tensor(positions, device=device),
-            slot_mapping=torch.tensor(slots, device=device),
-            page_table=torch.tensor(table, dtype=torch.int32, device=device),
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-            cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
-        )
-
-    def attend(self, batch, layer, q, k, v, window):
-        """The `attend` of a step, once it is bound to its batch: q (1, N, H, D), k and v (1, N, H_kv, D) to (1, N, H, D)."""
-        if self.max_window:
-            window = min(window or self.max_window, self.max_window)
-        pages = self.k[layer], self.v[layer]
-        reference.write_pages(k[0], v[0], *pages, batch.slot_mapping)
-        lengths = batch.seq_lens, batch.cu_seqlens
-        return paged_sdpa.paged_attention(q[0], *pages, batch.page_table, *lengths, window)[None]
+from paging import PageTables, most_pages, page_groups, pages_for
+from runner import Piece, Runner, free_memory, page_bytes
+from sampling import ALTERNATIVES
+from sequence import Request, Sequence
 
 
 @dataclass
@@ -162,44 +41,108 @@ class Stats:
     decode_tokens: int = 0
     decode_s: float = 0.0
     preemptions: int = 0
+    found_tokens: int = 0  # of prompts and preempted sequences, found in the cache instead of computed
     peak_pages: int = 0
+    held_slots: int = 0  # slots of held pages, summed over steps and groups of layers
+    unused_slots: int = 0  # those of them that hold no token
+    tokens: int = 0  # tokens in the cache, summed over steps
+    reserved_tokens: int = 0  # max_seq_len for each running sequence, or its length if that is more, summed over steps
+
+    @property
+    def unused_share(self):
+        """The share of held cache memory that no token used, over all steps."""
+        return self.unused_slots / max(1, self.held_slots)
+
+    @property
+    def unused_share_of_reserving(self):
+        """The same, had each running sequence reserved memory for max_seq_len tokens."""
+        return 1 - self.tokens / max(1, self.reserved_tokens)
+
+    def __str__(self):
+        rates = (("prefill", self.prefill_tokens, self.prefill_s), ("decode", self.decode_tokens, self.decode_s))
+        parts = [f"{name} {count} tokens, {count / seconds:,.0f} tokens/s" for name, count, seconds in rates if count]
+        parts.append(f"at most {self.peak_pages} pages held, {self.unused_share:.1%} of them unused")
+        parts.append(f"{self.unused_share_of_reserving:.1%} if max_seq_len were reserved")
+        parts += [f"{self.found_tokens} tokens found in the cache"] if self.found_tokens else []
+        parts += [f"{self.preemptions} preemptions"] if self.preemptions else []
+        return "; ".join(parts)
 
 
 class Engine:
     """Continues requests, as many at once as the pool of pages takes, first come, first served.
 
     model:               in evaluation mode; its parameters give dtype and device of the cache
-    num_pages:           the pool, in pages of page_size tokens
+    num_pages:           the pool, in pages of page_size tokens of a group of layers (one group, unless windowed and
+                         global layers mix: see `paging`); None: what fits into memory_fraction of the free memory
     max_tokens_per_step: a longer prompt is computed in pieces, beside the sequences that already decode
     vocab_size:          ids from here on are neither taken nor drawn (padding of the vocabulary); 0: the model's
     max_window:          keys that any layer sees at most; 0: as the layer says
+    max_num_seqs:        sequences that run at once, at most
+    decode:              ids to text, str or bytes; only stop strings and `Sequence.text` need it
+    attention:           "auto", "triton", "sdpa" or "reference", as in `runner.Runner`
+    overlap:             launch a step before the one before it is read; None: on CUDA
+    graphs:              replay decode steps as CUDA graphs, where attention is Triton's
+    compile:             fuse what lies between the matrix products; half a minute at first, for each shape of model
 
     With RoPE, text may outgrow max_seq_len. Windowed layers do not notice, but a global layer then sees distances that
     it was never trained on, and the text falls apart; max_window = max_seq_len keeps it in shape by forgetting what is
     farther away. With learned positions such a request is refused.
     """
 
-    def __init__(self, model, num_pages, page_size=16, max_tokens_per_step=2048, vocab_size=0, max_window=0):
+    def __init__(
+        self,
+        model,
+        num_pages=None,
+        page_size=16,
+        max_tokens_per_step=2048,
+        vocab_size=0,
+        max_window=0,
+        *,
+        max_num_seqs=256,
+        memory_fraction=0.8,
+        decode=None,
+        attention="auto",
+        overlap=None,
+        graphs=True,
+        compile=False,
+    ):
         sizes = {"num_pages": num_pages, "page_size": page_size, "max_tokens_per_step": max_tokens_per_step}
-        for key, value in sizes.items():
-            if value < 1:
+        for key, value in (sizes | {"max_num_seqs": max_num_seqs}).items():
+            if value is not None and value < 1:
                 raise ValueError(f"{key} takes 1 or more, got {value}")
-        self.model = model
-        self.num_pages = num_pages
+        if not 0 < memory_fraction <= 1:
+            raise ValueError(f"memory_fraction takes a share in (0, 1], got {memory_fraction}")
+        self.model, self.decode = model, decode
         self.max_tokens_per_step = max_tokens_per_step
         self.vocab_size = vocab_size or model.config.vocab_size
         weight = next(model.parameters())
-        self.cache = PagedKVCache(model.config, num_pages, page_size, max_window, weight.dtype, weight.device)
+        groups = groups_of(model.config, max_window)
+        if num_pages is None:
+            size = page_bytes(model.config, groups, page_size, weight.dtype)
+            num_pages = int(free_memory(weight.device) * memory_fraction) // size
+            if num_pages < 1:
+                raise ValueError(f"memory_fraction={memory_fraction} of the free memory holds no page of {size} bytes")
+        self.num_pages = num_pages
+        pool = groups, num_pages, page_size, max_num_seqs
+        self.runner = Runner(model, *pool, self.vocab_size, attention, graphs, compile)
+        self.tables = PageTables(*pool, max_tokens_per_step, model.config.max_seq_len)
+        self.depth = 1 + (weight.device.type == "cuda" if overlap is None else overlap)  # steps under way
         self.waiting = deque()
         self.running = []  # in order of arrival; all of them came before those who wait
+        self.launched = deque()  # steps: (their pieces, what they draw)
         self.stats = Stats()
 
     def add(self, request):
         """Queue a request. Returns its Sequence; raises ValueError, with one line, when it could never be served."""
+        return self.add_samples(request, 1)[0]
+
+    def add_samples(self, request, n):
+        """Queue n samples of a request, which share the pages of its prompt; sample i draws with seed + i. Returns
+        their Sequences; raises as `add` does."""
         self.check(request)
-        sequence = Sequence(request)
-        self.waiting.append(sequence)
-        return sequence
+        sequences = [Sequence(request, request.seed + i) for i in range(n)]
+        self.waiting += sequences
+        return sequences
 
     def check(self, request):
         config, prompt = self.model.config, request.prompt
@@ -213,28 +156,37 @@ class Engine:
                 raise ValueError(f"{key} takes {least} or more, got {getattr(request, key)}")
         if not 0 < request.top_p <= 1:
             raise ValueError(f"top_p takes a probability in (0, 1], got {request.top_p}")
+        if not 0 <= request.min_p <= 1:
+            raise ValueError(f"min_p takes a share in [0, 1], got {request.min_p}")
+        if request.logprobs is not None and not 0 <= request.logprobs <= ALTERNATIVES:
+            raise ValueError(f"logprobs takes None or 0 to {ALTERNATIVES}, got {request.logprobs}")
+        if request.stop_strings and not (self.decode and all(request.stop_strings)):
+            raise ValueError("stop_strings takes texts that are not empty, and an Engine that was given decode")
         total = len(prompt) + request.max_new_tokens
         lengths = f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones"
         if config.pos == "learned" and total > config.max_seq_len:
             raise ValueError(f"{lengths} are more than the {config.max_seq_len} learned positions (max_seq_len)")
-        pages = self.cache.pages_for(total - 1)  # nobody looks at the last token, so it is never cached
+        page_size = self.tables.page_size
+        pages = most_pages(self.tables.groups, page_size, total - 1)  # nobody looks at the last token
         if pages > self.num_pages:
-            raise ValueError(f"{lengths} need {pages} pages of {self.cache.page_size}; num_pages is {self.num_pages}")
+            raise ValueError(f"{lengths} need {pages} pages of {page_size}; num_pages is {self.num_pages}")
 
     def has_work(self):
         return bool(self.waiting or self.running)
 
     def step(self):
-        """One pass of the model. Returns [(sequence, its new tokens), ...] for the sequences that drew a token; the
-        new tokens are empty when that was a stop token. A sequence that has ended says why in `.finished`."""
+        """Launch steps until as many as may be are under way, and wait for the oldest. Returns [(sequence, its new
+        tokens), ...] for the sequences that drew a token in it; the new tokens are empty when a stop token or string
+        ended the sequence. A sequence that has ended says why in `.finished`."""
         start = time.perf_counter()
-        scheduled = self.schedule()
-        if not scheduled:
+        while len(self.launched) < self.depth and (pieces := self.schedule()):
+            self.launched.append((pieces, self.runner.launch(pieces, self.tables)))
+        if not self.launched:
             return []
-        self.stats.peak_pages = max(self.stats.peak_pages, len(self.cache.allocator.held))
-        news = self.postprocess(scheduled, self.run(scheduled))
+        pieces, drawn = self.launched.popleft()
+        news = self.postprocess(pieces, *drawn.read())
         seconds = time.perf_counter() - start
-        prompt_tokens = sum(n for _, n in scheduled if n > 1)
+        prompt_tokens = sum(len(piece.tokens) for piece in pieces if len(piece.tokens) > 1)
         if prompt_tokens:
             self.stats.prefill_tokens += prompt_tokens
             self.stats.prefill_s += seconds
@@ -244,88 +196,128 @@ class Engine:
         return news
 
     def schedule(self):
-        """Choose this step's work, [(sequence, number of tokens), ...], and reserve its pages.
+        """Choose a step's work, with pages for it. Returns its Pieces.
 
         Running sequences go first. When pages run out, the one that came last gives all of its pages back and waits,
         to compute its tokens again later: so the oldest always gets on, and every sequence is the oldest some day.
         """
-        scheduled, budget, index = [], self.max_tokens_per_step, 0
+        pieces, budget, index = [], self.max_tokens_per_step, 0
         while index < len(self.running) and budget:
             sequence = self.running[index]
-            n = min(len(sequence.tokens) - sequence.num_cached, budget)
-            if self.cache.reserve(sequence, sequence.num_cached + n):
-                scheduled.append((sequence, n))
-                budget -= n
-                index += 1
-            else:
+            todo = sequence.todo
+            n = self.tables.reserve(sequence, min(todo, budget))
+            if todo and not n:
                 self.preempt_latest()  # perhaps this very sequence: then the loop ends
+                continue
+            if todo:
+                pieces.append(self.advance(sequence, n, draws=n == todo))
+                budget -= n
+            index += 1
         while self.waiting and budget:
             sequence = self.waiting[0]
-            if self.cache.pages_for(len(sequence.tokens)) > len(self.cache.allocator.free):
+            if sequence.pending or not self.tables.admit(sequence):
                 break  # nobody overtakes: those behind need not starve the first
-            n = min(len(sequence.tokens), budget)
-            self.cache.reserve(sequence, n)
             self.running.append(self.waiting.popleft())
-            scheduled.append((sequence, n))
+            self.stats.found_tokens += sequence.num_computed
+            todo = sequence.todo
+            n = self.tables.reserve(sequence, min(todo, budget))
+            pieces.append(self.advance(sequence, n, draws=n == todo))
             budget -= n
-        return scheduled
+        self.count_pages()
+        for piece in pieces:
+            self.tables.slide(piece.sequence)
+        for i, piece in enumerate(piece for piece in pieces if piece.draws):
+            piece.sequence.drawn_at = i
+        return pieces
+
+    def advance(self, sequence, n, draws):
+        """The next n tokens of the sequence as a Piece; from now on they count as computed."""
+        start, index = sequence.num_computed, sequence.num_drawn
+        tokens = sequence.tokens[start : start + n]
+        if len(tokens) < n:
+            tokens.append(-1 - sequence.drawn_at)  # pending
+        sequence.num_computed += n
+        sequence.pending += draws
+        if n > 1:  # a page that fills token by token is remembered when its last token is read
+            self.tables.remember(sequence)
+        return Piece(sequence, start, tokens, draws, index)
 
     def preempt_latest(self):
         sequence = self.running.pop()
-        self.cache.release(sequence)
+        self.tables.release(sequence)
         self.waiting.appendleft(sequence)
         self.stats.preemptions += 1
 
-    @torch.inference_mode()
-    def run(self, scheduled):
-        """Compute the scheduled tokens. Returns one drawn id for each sequence that has no more tokens to compute."""
-        batch = self.cache.batch(scheduled)
-        complete = [s.num_cached + n == len(s.tokens) for s, n in scheduled]
-        x = self.model.features(batch.tokens, partial(self.cache.attend, batch), batch.positions)  # (1, N, n_embd)
-        if not any(complete):
-            return []
-        last_rows = batch.cu_seqlens[1:][torch.tensor(complete)] - 1  # only their logits are needed
-        logits = self.model.logits(x[0, last_rows.to(x.device)])[:, : self.vocab_size].float()
-        drawing = [s for (s, _), is_complete in zip(scheduled, complete) if is_complete]
-        uniforms = [uniform(s.request.seed, len(s.generated)) for s in drawing]
-        return draw(logits, [s.request for s in drawing], uniforms).tolist()
+    def count_pages(self):
+        """Take stock while all pages of the step are held."""
+        stats, page_size, reserved = self.stats, self.tables.page_size, self.model.config.max_seq_len
+        held = self.tables.allocator.num_held
+        stats.peak_pages = max(stats.peak_pages, held)
+        stats.held_slots += held * page_size
+        for sequence in self.running:
+            stats.unused_slots += (sequence.row.end * page_size - sequence.num_computed) * len(self.tables.groups)
+            stats.tokens += sequence.num_computed
+            stats.reserved_tokens += max(reserved, sequence.num_computed)
 
-    def postprocess(self, scheduled, drawn):
+    def postprocess(self, pieces, ids=(), *logprobs):
         """Append the drawn tokens in order and let go of the sequences that have ended."""
-        news, drawn = [], iter(drawn)
-        for sequence, n in scheduled:
-            sequence.num_cached += n
-            if sequence.num_cached < len(sequence.tokens):
-                continue  # a piece of a prompt; the rest comes in the next step
-            token, request = next(drawn), sequence.request
-            if token in request.stop_tokens:
+        news = []
+        drawing = [piece.sequence for piece in pieces if piece.draws]
+        for i, (sequence, token) in enumerate(zip(drawing, ids)):
+            if sequence.finished:
+                continue  # it ended while this step was under way
+            sequence.pending -= 1
+            if token in sequence.request.stop_tokens:
+                news.append((sequence, []))
+                self.finish(sequence, "stop")
+                continue
+            sequence.tokens.append(token)
+            if sequence.request.logprobs is not None:
+                chosen, best, best_ids = (column[i] for column in logprobs)
+                sequence.logprobs.append((chosen, dict(list(zip(best_ids, best))[: sequence.request.logprobs])))
+            if sequence.request.stop_strings and sequence.ends_in_stop_string(self.decode):
                 news.append((sequence, []))
                 self.finish(sequence, "stop")
                 continue
             news.append((sequence, [token]))
-            sequence.tokens.append(token)
-            if len(sequence.generated) == request.max_new_tokens:
+            if sequence.num_generated == sequence.request.max_new_tokens:
                 self.finish(sequence, "length")
+            elif sequence.row:
+                self.tables.remember(sequence)
         return news
 
     def finish(self, sequence, why):
-        """Take a sequence out, waiting or running, between steps: "cancelled" is for callers. No-op when it has ended."""
+        """Take a sequence out between steps: "cancelled" is for callers. Does nothing to one that has ended."""
         if sequence.finished:
             return
         sequence.finished = why
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self.cache.release(sequence)
+        if sequence.row:
+            self.running.remove(sequence)
+            self.tables.release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        if self.decode:
+            sequence.make_text(self.decode)
+
+
+def groups_of(config, max_window=0):
+    """The page groups of a model whose layers see at most max_window keys, 0: as they say."""
+    return page_groups([min(window or max_window, max_window) if max_window else window for window in config.windows])
 
 
 def generate(model, prompts, max_new_tokens, page_size=16, vocab_size=0, stop_tokens=(), seed=0, **drawing):
     """Continue lists of ids, all at once. Returns the lists of new ids.
 
-    drawing: temperature, top_k, top_p of `Request`; prompt i draws with seed + i
+    drawing: temperature, top_k, top_p, min_p of `Request`; prompt i draws with seed + i
 
-    The model must be in evaluation mode, and autocast off. Raises ValueError as `Engine.add` does.
+    The model must be in evaluation mode, and autocast off. Raises ValueError as `Engine.add` does. No CUDA graphs: they
+    pay off over thousands of tokens, and their memory is missing elsewhere, as in training.
     """
-    num_pages = sum(-(-(len(prompt) + max_new_tokens) // page_size) for prompt in prompts)
-    engine = Engine(model, num_pages, page_size, vocab_size=vocab_size)
+    groups = groups_of(model.config)
+    num_pages = sum(most_pages(groups, page_size, len(prompt) + max_new_tokens) for prompt in prompts)
+    windowed = sum(group.window > 0 for group in groups)  # these hold a step's pieces of prompts beside their windows
+    num_pages += windowed * pages_for(min(2048, sum(map(len, prompts))), page_size)
+    engine = Engine(model, num_pages, page_size, vocab_size=vocab_size, graphs=False)
     sequences = [
         engine.add(Request(prompt, max_new_tokens, seed=seed + i, stop_tokens=stop_tokens, **drawing))
         for i, prompt in enumerate(prompts)
@@ -333,54 +325,3 @@ def generate(model, prompts, max_new_tokens, page_size=16, vocab_size=0, stop_to
     while engine.has_work():
         engine.step()
     return [sequence.generated for sequence in sequences]
-
-
-# Drawing tokens. One uniform number a token decides, and it depends on nothing but the request's seed and how many
-# tokens it has generated: neither neighbours nor preemption can change a draw.
-
-
-def uniform(seed, index):
-    """A number in [0, 1): a hash of (seed, index), with 23 bits, so that u * x < x in float32 for every x > 0."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=4).digest()
-    return (int.from_bytes(digest, "big") >> 9) / 2**23
-
-
-def draw(logits, requests, uniforms):
-    """Draw one token a row by inverting the cumulative distribution.
-
-    logits: (n, vocab) float32; requests, uniforms: lists of n
-
-    Returns (n,) ids. Tokens exactly as likely as the last one that top_k or top_p lets in are let in too.
-    """
-    greedy = logits.argmax(dim=-1)
-    if not any(r.temperature for r in requests):
-        return greedy
-    temperature = torch.tensor([[r.temperature] for r in requests], device=logits.device)  # (n, 1)
-    logits = logits / temperature.clamp(min=1e-6)  # below that it is as good as greedy, and would overflow
-    if any(r.top_k or r.top_p < 1 for r in requests):
-        logits = logits.masked_fill(logits < least_logit(logits, requests), float("-inf"))
-    cdf = logits.softmax(dim=-1).cumsum(dim=-1)
-    target = torch.tensor(uniforms, device=logits.device)[:, None] * cdf[:, -1:]  # rounding keeps the last from being 1
-    drawn = torch.searchsorted(cdf, target, right=True)  # the first token whose cumulative probability is above it
-    return torch.where(temperature == 0, greedy[:, None], drawn)[:, 0]
-
-
-def least_logit(logits, requests):
-    """The smallest logit let in by top_k, and by top_p of what top_k leaves: (n, vocab) to (n, 1), -inf without limits.
-
-    Source of top_p: Holtzman et al. 2020, section 3.1.
-    """
-    vocab = logits.shape[1]
-    top_k = [min(r.top_k or vocab, vocab) for r in requests]
-    limited = [k < vocab or r.top_p < 1 for k, r in zip(top_k, requests)]
-    width = max((k for k, row_is_limited in zip(top_k, limited) if row_is_limited), default=1)
-    best = logits.topk(width).values  # (n, width), descending: no more are put in order than some row needs
-
-    def column(values):
-        return torch.tensor(values, device=logits.device)[:, None]
-
-    kept = torch.arange(width, device=logits.device) < column(top_k)
-    probs = best.masked_fill(~kept, float("-inf")).softmax(dim=-1)
-    kept &= probs.cumsum(dim=-1) - probs < column([r.top_p for r in requests])  # those before are not yet top_p
-    least = best.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
-    return least.masked_fill(~column(limited), float("-inf"))

@@ -157,15 +157,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, attend):
+    def heads_of(self, x, rope):
+        """(B, T, n_embd) to q (B, T, H, D), k and v (B, T, H_kv, D)."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
         q, k, v = qkv.split(self.heads, dim=2)  # views, no copies
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         # norm and rotation are float32 under autocast; the kernels take one dtype
-        y = attend(self.layer, q.to(v.dtype), k.to(v.dtype), v, self.window)  # (B, T, H, D)
-        return self.out(y.flatten(2))
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class MLP(nn.Module):
@@ -193,7 +193,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, attend):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, attend))
+        q, k, v = self.before(x, rope)
+        return self.after(x, attend(self.attn.layer, q, k, v, self.attn.window))
+
+    def before(self, x, rope):
+        return self.attn.heads_of(self.attn_norm(x), rope)
+
+    def after(self, x, y):
+        x = x + self.dropout(self.attn.out(y.flatten(2)))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -238,6 +245,13 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, rope, attend)
         return self.norm(x)
+
+    def compile_blocks(self):
+        """Fuse what lies before and after attention, for decoding. Neither half knows its layer or its window, so one
+        compilation of each serves all Blocks."""
+        for block in self.blocks:
+            for half in ("before", "after"):
+                setattr(block, half, torch.compile(getattr(Block, half).__get__(block), dynamic=True))
 
     def logits(self, x):
         """(..., n_embd) hidden states to (..., vocab_size) unnormalised log-probabilities."""

@@ -3,11 +3,14 @@
     python sample.py out/quickstart
     python sample.py out/gqa --prompt="ROMEO:" --num_samples=4 --max_new_tokens=200 --temperature=0.8 --top_k=50
     python sample.py out/gqa --prompts_file=prompts.txt --temperature=0 --stop=$'\\n\\n'
+    python sample.py out/gqa --prompt="Q: why?" --stop='["\\nQ:", "\\nA:"]' --logprobs=true
 
-The text goes to stdout: a single sample as it comes, several ones each when it is finished. Speed goes to stderr.
+The text goes to stdout: a single sample as it comes, several ones each when it is finished. Samples of one prompt share
+its pages of the KV cache. Speed, and log-probabilities if asked for, go to stderr.
 """
 
 import codecs
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -17,7 +20,10 @@ import checkpoint
 from config import UserError, parse, run
 from data.tokenizer import from_spec
 from device import pick_device, pick_dtype
-from engine import Engine, Request
+from engine import Engine, groups_of
+from paging import most_pages
+from runner import page_bytes
+from sequence import Request
 
 CACHE_BYTES = 2**30  # what num_pages=0 takes at most, if one sequence does not need more
 
@@ -31,12 +37,15 @@ class SampleConfig:
     temperature: Annotated[float, "0: always the likeliest token; 1: as the model says; above: wilder"] = 0.8
     top_k: Annotated[int, "draw among the k likeliest tokens; 0: no limit"] = 200
     top_p: Annotated[float, "draw among the fewest likeliest tokens that have this probability together"] = 1.0
+    min_p: Annotated[float, "draw among tokens at least this many times as likely as the likeliest; 0: no limit"] = 0.0
     seed: Annotated[int, "sample i draws with seed + i, so each can be had again alone"] = 1
-    stop: Annotated[str, "text that ends a sample, itself left out"] = ""
+    stop: Annotated[str, "text that ends a sample, itself left out; several ones as a JSON list"] = ""
+    logprobs: Annotated[bool, "list each token with its log-probability, on stderr"] = False
     max_window: Annotated[int, "tokens that any layer looks back on, at most; 0: max_seq_len, as in training"] = 0
     checkpoint: Annotated[Literal["newest", "best"], "best: the one with the lowest validation loss"] = "newest"
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "auto: the best there is"] = "auto"
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], "auto: bfloat16 on GPUs that have it"] = "auto"
+    compile: Annotated[bool, "fuse the model's parts: half a minute first, then more tokens/s on a GPU"] = False
     page_size: Annotated[int, "tokens in a page of the KV cache"] = 16
     num_pages: Annotated[int, "pages in the KV cache; 0: enough for all samples at once, but at most 1 GiB"] = 0
 
@@ -51,27 +60,42 @@ class SampleConfig:
                 raise ValueError(f"{key} takes 0 or more, got {getattr(self, key)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p takes a probability in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p takes a share in [0, 1], got {self.min_p}")
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise ValueError(f"stop takes a text or a JSON list of texts that are not empty, got {self.stop}")
+
+    @property
+    def stop_strings(self):
+        try:
+            texts = json.loads(self.stop)
+        except ValueError:
+            texts = self.stop
+        return texts if isinstance(texts, list) else [self.stop] if self.stop else []
 
 
 def main(argv):
     words, config = parse(argv, SampleConfig, usage=__doc__)
     if len(words) != 1:
-        raise UserError(f"sample.py takes one run folder, as in sample.py out/quickstart, got {' '.join(words) or 'none'}")
+        got = " ".join(words) or "none"
+        raise UserError(f"sample.py takes one run folder, as in sample.py out/quickstart, got {got}")
     prompts = [config.prompt] if not config.prompts_file else read_prompts(config.prompts_file)
     device = pick_device(config.device)
     model, state = checkpoint.load_model(words[0], device, pick_dtype(config.dtype, device), config.checkpoint)
     tokenizer = from_spec(state["tokenizer"])
 
     prompt_ids = [encode(tokenizer, number, prompt) for number, prompt in enumerate(prompts, start=1)]
-    engine = make_engine(model, tokenizer, config, prompt_ids)
+    seeds = range(config.seed, config.seed + len(prompts) * config.num_samples, config.num_samples)
+    requests = [request(ids, seed, tokenizer, model, config) for ids, seed in zip(prompt_ids, seeds)]
+    engine = make_engine(model, tokenizer, config, requests)
     streams = {}
-    for number, (prompt, ids) in enumerate(zip(prompts, prompt_ids), start=1):
-        for sample in range(1, config.num_samples + 1):
-            try:
-                sequence = engine.add(request(ids, config.seed + len(streams), tokenizer, model.config, config))
-            except ValueError as error:
-                raise UserError(f"prompt {number}: {error}") from None
-            streams[sequence] = TextStream(f"prompt {number}, sample {sample}", prompt, tokenizer, config.stop)
+    for number, (prompt, asked) in enumerate(zip(prompts, requests), start=1):
+        try:
+            sequences = engine.add_samples(asked, config.num_samples)
+        except ValueError as error:
+            raise UserError(f"prompt {number}: {error}") from None
+        for sample, sequence in enumerate(sequences, start=1):
+            streams[sequence] = TextStream(f"prompt {number}, sample {sample}", prompt, tokenizer, asked.stop_strings)
 
     alone = len(streams) == 1
     if alone:
@@ -80,17 +104,17 @@ def main(argv):
         for sequence, new_tokens in engine.step():
             stream = streams[sequence]
             text = stream.push(new_tokens)
-            if stream.stopped:
-                engine.finish(sequence, "stop")
             if sequence.finished:
-                text += stream.close()
+                text += stream.close(sequence.text)
             if alone:
                 show(text)
             elif sequence.finished:
                 show(f"--- {stream.name} ({sequence.finished}) ---\n{stream.prompt}{stream.text}\n")
+            if sequence.finished and config.logprobs:
+                list_logprobs(stream.name, sequence, tokenizer)
     if alone:
         show("\n")
-    report(engine)
+    print(engine.stats, file=sys.stderr)
 
 
 def read_prompts(path):
@@ -122,28 +146,36 @@ def new_tokens_of(ids, model_config, config):
     return 500 if model_config.pos == "rope" else max(1, min(500, model_config.max_seq_len - len(ids)))
 
 
-def request(ids, seed, tokenizer, model_config, config):
+def request(ids, seed, tokenizer, model, config):
     return Request(
         prompt=ids,
-        max_new_tokens=new_tokens_of(ids, model_config, config),
+        max_new_tokens=new_tokens_of(ids, model.config, config),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
         seed=seed,
         stop_tokens=() if tokenizer.eot is None else (tokenizer.eot,),
+        stop_strings=tuple(text.encode() for text in config.stop_strings),
+        logprobs=0 if config.logprobs else None,
     )
 
 
-def make_engine(model, tokenizer, config, prompt_ids):
-    bytes_per_page = model.kv_bytes_per_token(next(model.parameters()).element_size()) * config.page_size
-    num_pages = config.num_pages
-    if not num_pages:
-        pages = [math.ceil((len(ids) + new_tokens_of(ids, model.config, config)) / config.page_size) for ids in prompt_ids]
-        num_pages = max(max(pages), min(sum(pages) * config.num_samples, CACHE_BYTES // bytes_per_page))
+def make_engine(model, tokenizer, config, requests):
     # learned positions end before anything could be farther away than that
     max_window = config.max_window or model.config.max_seq_len
+    num_pages, page_size, groups = config.num_pages, config.page_size, groups_of(model.config, max_window)
+    bytes_per_page = page_bytes(model.config, groups, page_size, next(model.parameters()).dtype)
+    if not num_pages:
+        pages = [most_pages(groups, page_size, len(asked.prompt) + asked.max_new_tokens) for asked in requests]
+        num_pages = max(max(pages), min(sum(pages) * config.num_samples, CACHE_BYTES // bytes_per_page))
+
+    def decode(ids):
+        return b"".join(tokenizer.token_bytes(id) for id in ids)
+
     try:
-        return Engine(model, num_pages, config.page_size, vocab_size=tokenizer.vocab_size, max_window=max_window)
+        keys = {"vocab_size": tokenizer.vocab_size, "max_window": max_window, "compile": config.compile}
+        return Engine(model, num_pages, page_size, decode=decode, **keys)
     except RuntimeError as error:  # how torch says that memory is out
         need = num_pages * bytes_per_page / 2**30
         raise UserError(
@@ -153,50 +185,42 @@ def make_engine(model, tokenizer, config, prompt_ids):
 
 
 class TextStream:
-    """The text of one sample as its tokens come in: whole characters only, and nothing of the stop text."""
+    """The text of a sample as its tokens come in: whole characters, and nothing that may belong to a stop text."""
 
-    def __init__(self, name, prompt, tokenizer, stop):
+    def __init__(self, name, prompt, tokenizer, stops):
         self.name = name
         self.prompt = prompt
         self.text = ""  # given out so far
-        self.stopped = False
         self.token_bytes = tokenizer.token_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.stop = stop
-        self.held = ""  # the end of the text, as long as it may be the beginning of the stop text
+        self.beginnings = {stop[:n] for stop in stops for n in range(1, len(stop))}
+        self.held = b""  # the end of the text, as long as it may be the beginning of a stop text
 
     def push(self, tokens):
         """Take new tokens. Returns the text that is certain now."""
-        self.held += self.decoder.decode(b"".join(self.token_bytes(token) for token in tokens))
-        before, found, _ = self.held.partition(self.stop) if self.stop else (self.held, "", "")
-        if found:
-            self.stopped = True
-            return self.give(before, "")
-        hold = next((n for n in range(len(self.stop) - 1, 0, -1) if before.endswith(self.stop[:n])), 0)
-        return self.give(before[: len(before) - hold], before[len(before) - hold :])
+        text = self.held + b"".join(self.token_bytes(token) for token in tokens)
+        hold = max((len(beginning) for beginning in self.beginnings if text.endswith(beginning)), default=0)
+        self.held = text[len(text) - hold :]
+        return self.give(self.decoder.decode(text[: len(text) - hold]))
 
-    def close(self):
-        """The sample has ended. Returns what was held back: a beginning that got no end, a torn character."""
-        return "" if self.stopped else self.give(self.held + self.decoder.decode(b"", final=True), "")
+    def close(self, text):
+        """The sample has ended, and this is all of its text, in bytes. Returns what was held back of it."""
+        return self.give(text.decode("utf-8", "replace")[len(self.text) :])
 
-    def give(self, text, held):
+    def give(self, text):
         self.text += text
-        self.held = held
         return text
+
+
+def list_logprobs(name, sequence, tokenizer):
+    lines = [f"--- {name}: log-probabilities ---"]
+    for token, (logprob, _) in zip(sequence.generated, sequence.logprobs):
+        lines.append(f"{logprob:9.4f}  {tokenizer.decode([token])!r}")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def show(text):
     print(text, end="", flush=True)
-
-
-def report(engine):
-    stats = engine.stats
-    rates = [("prefill", stats.prefill_tokens, stats.prefill_s), ("decode", stats.decode_tokens, stats.decode_s)]
-    parts = [f"{name} {tokens} tokens, {tokens / seconds:,.0f} tokens/s" for name, tokens, seconds in rates if tokens]
-    parts.append(f"at most {stats.peak_pages} of {engine.num_pages} pages held")
-    if stats.preemptions:
-        parts.append(f"{stats.preemptions} preemptions")
-    print("; ".join(parts), file=sys.stderr)
 
 
 if __name__ == "__main__":

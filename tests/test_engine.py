@@ -1,17 +1,20 @@
-"""The engine against recomputing everything, its scheduler with a model that counts, drawing against plain arithmetic."""
+"""The engine against recomputing everything; its scheduler with a device that keeps tokens in place of K and V."""
 
 import dataclasses
 import math
 import random
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_paging import check_tables
 from torch import nn
 
-from engine import Engine, PageAllocator, Request, draw, generate, uniform
+from engine import Engine, Request, generate
 from kernels import reference
 from model import GPT, ModelConfig
+from sampling import uniform
 
 PAGE = 8
 WINDOW = 5
@@ -58,44 +61,66 @@ def recompute(model, prompt, max_new_tokens):
     return tokens[len(prompt) :]
 
 
-def held_pages(engine):
-    return [page for sequence in engine.running for page in sequence.pages]
+@cache
+def recomputed(variant, pos, prompt, max_new_tokens):
+    return recompute(make(**VARIANTS[variant], **POSITIONS[pos]), prompt, max_new_tokens)
 
 
-def check_invariant(engine):
-    """free + held = all, and nothing is held twice."""
-    allocator, held = engine.cache.allocator, held_pages(engine)
-    assert sorted(allocator.free + held) == list(range(engine.num_pages))
-    assert allocator.held == set(held)
-    for sequence in engine.waiting:
-        assert not sequence.pages and not sequence.num_cached
+def check_engine(engine):
+    """The invariants of the pages, and that those who run came before those who wait."""
+    check_tables(engine.tables, [*engine.running, *engine.waiting])
+    assert all(sequence.row for sequence in engine.running)
+    assert not any(sequence.row or sequence.num_computed for sequence in engine.waiting)
     for sequence in engine.running:
-        assert len(sequence.pages) == engine.cache.pages_for(sequence.num_cached)
+        assert sequence.row.end == -(-sequence.num_computed // engine.tables.page_size)
+        for group, first in zip(engine.tables.groups, sequence.row.first):
+            held = (sequence.row.end - first) * engine.tables.page_size
+            assert not group.window or held <= group.window + 2 * engine.tables.page_size
 
 
 def poison(engine):
-    """NaN in every slot that holds no token, and a new order of the free pages."""
-    random.Random(0).shuffle(engine.cache.allocator.free)
-    unused = torch.ones(engine.num_pages * engine.cache.page_size, dtype=torch.bool)
+    """NaN in every slot that holds nothing anyone could still look at, and in every page that is taken from now on."""
+    tables, size = engine.tables, engine.tables.page_size
+    keep = torch.zeros(engine.num_pages, size, dtype=torch.bool)
+    for page, content in enumerate(tables.contents):
+        keep[page] = content is not None
     for sequence in engine.running:
-        for position in range(sequence.num_cached):
-            page, offset = sequence.pages[position // engine.cache.page_size], position % engine.cache.page_size
-            unused[page * engine.cache.page_size + offset] = False
-    for pages in engine.cache.k + engine.cache.v:
-        pages.flatten(0, 1)[unused] = math.nan
+        for g, group in enumerate(tables.groups):
+            for position in range(group.first_seen(sequence.num_computed), sequence.num_computed):
+                keep[tables.page(sequence.row, g, position // size), position % size] = True
+    for pages in engine.runner.k + engine.runner.v:
+        pages[~keep] = math.nan
+
+
+def poisoned(engine):
+    """The engine, whose free pages come in any order, full of NaN."""
+    pages = list(engine.tables.allocator.free)
+    random.Random(0).shuffle(pages)
+    for page in pages:
+        engine.tables.allocator.free.move_to_end(page)
+    forget = engine.tables.forget
+
+    def forget_and_poison(page):
+        forget(page)
+        for storage in engine.runner.k + engine.runner.v:
+            storage[page] = math.nan
+
+    engine.tables.forget = forget_and_poison
+    return engine
 
 
 def finish_all(engine, arrivals=(), every=1):
     """Run to the end, a new request each `every` steps. Returns their sequences."""
     sequences, arrivals, steps = [], list(arrivals), 0
+    poisoned(engine)
     while arrivals or engine.has_work():
         if arrivals and steps % every == 0:
             sequences.append(engine.add(arrivals.pop(0)))
         poison(engine)
         engine.step()
-        check_invariant(engine)
+        check_engine(engine)
         steps += 1
-    assert len(engine.cache.allocator.free) == engine.num_pages
+    assert engine.tables.allocator.num_held == 0
     return sequences
 
 
@@ -104,31 +129,59 @@ def finish_all(engine, arrivals=(), every=1):
 
 @pytest.mark.parametrize("pos", POSITIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("num_pages, budget", [(40, 2048), (9, 2048), (40, 6), (9, 6)])
-def test_greedy_text_is_that_of_recomputing_everything(variant, pos, num_pages, budget):
-    """With room, and with pages so few that sequences are preempted; prompts whole, and in pieces of a few tokens."""
-    model = make(**VARIANTS[variant], **POSITIONS[pos])
-    texts = prompts(1, PAGE - 1, PAGE, PAGE + 1, 40)
-    engine = Engine(model, num_pages, PAGE, budget)
-    sequences = finish_all(engine, [Request(prompt, 20) for prompt in texts], every=3)
-    want = [recompute(model, prompt, 20) for prompt in texts]
-    assert [sequence.generated for sequence in sequences] == want
-    assert len({tuple(text) for text in want}) == 5 and min(len(set(text)) for text in want) > 5
-    assert (engine.stats.preemptions > 0) == (num_pages == 9)
+@pytest.mark.parametrize("plenty", [True, False])
+@pytest.mark.parametrize("budget", [2048, 6])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_greedy_text_is_that_of_recomputing_everything(variant, pos, plenty, budget, overlap):
+    """With room, and with pages so few that sequences are preempted; prompts whole, and in pieces of a few tokens,
+    longer than the window, found in the cache in part and whole; several samples; one cancelled in the middle."""
+    texts = prompts(1, PAGE - 1, PAGE, 2 * PAGE, 40)
+    texts += [texts[3], texts[4][:-3] + [7], texts[4] + [5], texts[3]]
+    groups = 3 if variant == "hybrid" else 1
+    num_pages = 99 * groups if plenty else {"swa": 6, "hybrid": 15}.get(variant, 9)
+    engine = Engine(make(**VARIANTS[variant], **POSITIONS[pos]), num_pages, PAGE, budget, overlap=overlap)
+    sequences, steps = [], 0
+    poisoned(engine)
+    while len(sequences) < len(texts) or engine.has_work():
+        if steps % 3 == 0 and len(sequences) < len(texts):
+            sequences += engine.add_samples(Request(texts[len(sequences)], 20), 1 + (steps == 9))
+            if steps == 9:
+                texts.insert(3, texts[3])  # two samples of that one
+        if steps == 16:
+            engine.finish(sequences[5], "cancelled")
+        poison(engine)
+        engine.step()
+        check_engine(engine)
+        steps += 1
+    assert engine.tables.allocator.num_held == 0
+    want = [recomputed(variant, pos, tuple(text), 20) for text in texts]
+    assert [s.generated for s in sequences] == [text[: len(s.generated)] for s, text in zip(sequences, want)]
+    assert [s.finished for s in sequences] == ["cancelled" if i == 5 else "length" for i in range(len(texts))]
+    assert all(len(s.generated) == 20 for s in sequences if s.finished == "length")
+    assert (engine.stats.preemptions > 0) == (not plenty)
+    assert engine.stats.found_tokens > 0 or not plenty
+
+
+def test_the_texts_are_varied():
+    texts = prompts(1, PAGE - 1, PAGE, 2 * PAGE, 40)
+    for variant, pos in [(variant, pos) for variant in VARIANTS for pos in POSITIONS]:
+        want = [recomputed(variant, pos, tuple(text), 20) for text in texts]
+        assert len({tuple(text) for text in want}) == 5 and min(len(set(text)) for text in want) > 5
 
 
 def test_variants_and_positions_write_different_texts():
-    """Otherwise the test above could not tell a window that is ignored."""
+    """Otherwise the tests above could not tell a window that is ignored."""
     (prompt,) = prompts(40)
-    texts = {tuple(recompute(make(**v, **p), prompt, 20)) for v in VARIANTS.values() for p in POSITIONS.values()}
+    texts = {tuple(recomputed(variant, pos, tuple(prompt), 20)) for variant in VARIANTS for pos in POSITIONS}
     assert len(texts) == len(VARIANTS) * len(POSITIONS)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 64])
-def test_any_page_size(page_size):
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_any_page_size(page_size, attention):
     model = make(**VARIANTS["hybrid"])
     texts = prompts(2, 20)
-    engine = Engine(model, 130, page_size)
+    engine = Engine(model, 130, page_size, attention=attention)
     sequences = finish_all(engine, [Request(prompt, 12) for prompt in texts])
     assert [sequence.generated for sequence in sequences] == [recompute(model, prompt, 12) for prompt in texts]
 
@@ -148,7 +201,7 @@ def test_max_window_is_a_window_on_every_layer():
     sequences = finish_all(Engine(model, 20, PAGE, max_window=16), [Request(prompt, 20)])
     assert sequences[0].generated == recompute(windowed, prompt, 20) != recompute(model, prompt, 20)
     hybrid = make(**keys, **VARIANTS["hybrid"])  # a narrower window stays
-    sequences = finish_all(Engine(hybrid, 20, PAGE, max_window=64), [Request(prompt, 20)])
+    sequences = finish_all(Engine(hybrid, 30, PAGE, max_window=64), [Request(prompt, 20)])
     assert sequences[0].generated == recompute(hybrid, prompt, 20)
 
 
@@ -172,20 +225,43 @@ def test_receptive_field():
     assert not torch.equal(logits[0], logits[2])
 
 
-# Scheduling, with a model that counts: after token t at position p comes (t + p) % 50
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_windowed_model_with_rope_writes_without_end_in_constant_memory(overlap):
+    model = make(**VARIANTS["swa"], **POSITIONS["rope"])
+    (prompt,) = prompts(20)
+    engine = poisoned(Engine(model, 4, PAGE, 8, overlap=overlap))
+    sequence = engine.add(Request(prompt, 10**9))
+    while len(sequence.generated) < 400:
+        poison(engine)
+        engine.step()
+        check_engine(engine)
+    field = 3 * (WINDOW - 1) + 1
+    end = sequence.tokens[-field - 1 : -1]  # all that the last token depends on; RoPE looks at distances only
+    assert recompute(model, end, 1) == sequence.tokens[-1:]
+    assert engine.stats.peak_pages <= 4 and engine.tables.tables[0].shape[1] <= 4
+    engine.finish(sequence, "cancelled")
+
+
+# Scheduling. The model counts: after token t at position p comes (t + p) % 50
+
+
+def counter(windows=(0,), pos="learned"):
+    model = Counter()
+    shape = {"n_layer": len(windows), "n_kv_head": 1, "head_dim": 1, "vocab_size": 50, "max_seq_len": 64}
+    model.config = SimpleNamespace(**shape, pos=pos, windows=windows)
+    return model
 
 
 class Counter(nn.Module):
     def __init__(self):
         super().__init__()
-        self.config = SimpleNamespace(n_layer=1, n_kv_head=1, head_dim=1, vocab_size=50, max_seq_len=64, pos="learned")
         self.weight = nn.Parameter(torch.zeros(1))
 
     def features(self, tokens, attend, positions):
         return torch.stack([tokens[0], positions], dim=-1)[None]
 
     def logits(self, x):
-        return nn.functional.one_hot(x.sum(dim=-1) % 50, 50).float()
+        return nn.functional.one_hot(x.sum(dim=-1).long() % 50, 50).float()
 
 
 def count(prompt, max_new_tokens):
@@ -195,78 +271,153 @@ def count(prompt, max_new_tokens):
     return tokens[len(prompt) :]
 
 
-def test_random_operations_keep_the_invariant():
+class Device:
+    """In place of a Runner: each slot keeps which token lies in it, and all that a query sees is checked."""
+
+    def __init__(self):
+        self.slots, self.drawn = {}, []
+
+    def launch(self, pieces, tables):
+        size, written = tables.page_size, set()
+        pieces = [(p, [t if t >= 0 else self.drawn[-1 - t] for t in p.tokens]) for p in pieces]
+        for piece, tokens in pieces:  # a layer writes all of the step's K and V ..
+            for group in range(len(tables.groups)):
+                for position, token in enumerate(tokens, start=piece.start):
+                    page = tables.page(piece.sequence.row, group, position // size)
+                    assert tables.allocator.holders[page] <= 1 or tables.contents[page]
+                    assert (page, position % size) not in written
+                    written.add((page, position % size))
+                    self.slots[page, position % size] = token, position
+        for piece, tokens in pieces:  # .. before it looks at any
+            text = piece.sequence.tokens[: piece.start] + tokens
+            for g, group in enumerate(tables.groups):
+                for position in range(group.first_seen(piece.start), len(text)):
+                    page = tables.page(piece.sequence.row, g, position // size)
+                    assert self.slots[page, position % size] == (text[position], position)
+        self.drawn = [(tokens[-1] + p.start + len(tokens) - 1) % 50 for p, tokens in pieces if p.draws]
+        return SimpleNamespace(read=lambda drawn=self.drawn: [drawn])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("windows, num_pages", [((0,), 20), ((6,), 9), ((6, 0), 26)])
+def test_17000_random_operations_keep_the_invariant(windows, num_pages, overlap):
+    """100,000 together: requests that share beginnings, samples, cancels, stops, preemption."""
     generator = random.Random(0)
-    engine = Engine(Counter(), num_pages=20, page_size=4, max_tokens_per_step=25)
+    engine = Engine(counter(windows), num_pages, 4, 25, max_num_seqs=8, overlap=overlap)
+    engine.runner = Device()
+    beginnings = [[generator.randrange(50) for _ in range(30)] for _ in range(3)]
     sequences = []
-    for _ in range(5000):
+    for _ in range(17_000):
         action = generator.random()
-        if action < 0.3:
-            prompt = [generator.randrange(50) for _ in range(generator.randrange(1, 40))]
-            sequences.append(engine.add(Request(prompt, generator.randrange(1, 24))))
-        elif action < 0.35 and sequences:
-            engine.finish(generator.choice(sequences), "cancelled")
+        if action < 0.15 and len(engine.waiting) < 20:
+            prompt = generator.choice(beginnings)[: generator.randrange(31)]
+            prompt += [generator.randrange(50) for _ in range(generator.randrange(0 if prompt else 1, 9))]
+            stop = tuple(generator.sample(range(50), 2))
+            request = Request(prompt, generator.randrange(1, 24), stop_tokens=stop)
+            sequences += engine.add_samples(request, generator.choice((1, 1, 1, 3)))
+        elif action < 0.2 and sequences:
+            engine.finish(generator.choice(sequences[-30:]), "cancelled")
         else:
+            running = engine.running + list(engine.waiting)
             engine.step()
-        check_invariant(engine)
+            in_order = [sequence for sequence in running if not sequence.finished]
+            assert engine.running + list(engine.waiting) == in_order
+        check_engine(engine)
     while engine.has_work():
         engine.step()
-    assert engine.stats.preemptions > 100 and len(sequences) > 1000
-    assert len(engine.cache.allocator.free) == 20 and engine.stats.peak_pages == 20
-    reasons = {"length": 0, "cancelled": 0}
+    assert engine.tables.allocator.num_held == 0 and len(engine.tables.rows) == 8
+    assert engine.stats.preemptions > 100 and engine.stats.found_tokens > 1000 and len(sequences) > 1000
+    reasons = {"length": 0, "cancelled": 0, "stop": 0}
     for sequence in sequences:
         reasons[sequence.finished] += 1
         whole = count(sequence.request.prompt, sequence.request.max_new_tokens)
-        assert sequence.generated == whole[: len(sequence.generated)]
-        assert sequence.finished == "cancelled" or sequence.generated == whole
+        if sequence.finished == "stop":
+            whole = whole[: next(i for i, token in enumerate(whole) if token in sequence.request.stop_tokens)]
+        assert sequence.generated == (whole[: len(sequence.generated)] if sequence.finished == "cancelled" else whole)
     assert min(reasons.values()) > 50
 
 
-def test_a_page_given_back_twice_is_an_error():
-    allocator = PageAllocator(3)
-    pages = allocator.take(2)
-    allocator.give_back(pages)
-    with pytest.raises(KeyError):
-        allocator.give_back(pages[:1])
+def test_preemption_together_with_a_prefix_hit():
+    """Sequences that share pages lose and find them again, and no page is counted twice."""
+    engine = Engine(counter(), 9, 4)
+    engine.runner = Device()
+    sequences = engine.add_samples(Request([3] * 10, 20), 3)
+    while engine.has_work():
+        engine.step()
+        check_engine(engine)
+    assert engine.stats.preemptions > 0 and engine.stats.found_tokens > 2 * 8
+    assert all(sequence.generated == count([3] * 10, 20) for sequence in sequences)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_no_token_is_dropped_after_re_prefill(overlap):
+    """A preempted sequence keeps every token, that which was drawn but not yet read too, and repeats none."""
+    engine = Engine(counter(), 8, 4, overlap=overlap)
+    sequences = [engine.add(Request([i] * 6, 20)) for i in range(5)]
+    told = {sequence: [] for sequence in sequences}
+    while engine.has_work():
+        for sequence, news in engine.step():
+            told[sequence] += news
+    assert engine.stats.preemptions > 3
+    assert all(told[s] == s.generated == count(s.request.prompt, 20) for s in sequences)
+
+
+def test_samples_of_a_prompt_share_its_pages_and_compute_it_once():
+    engine = Engine(counter(), 100, 4)
+    sequences = engine.add_samples(Request([5] * 22, 6), 4)
+    engine.step()
+    assert engine.stats.prefill_tokens == 22 + 3 * 2 and engine.stats.found_tokens == 3 * 20
+    assert engine.tables.allocator.num_held == 5 + 4
+    while engine.has_work():
+        engine.step()
+    assert all(sequence.generated == count([5] * 22, 6) for sequence in sequences)
 
 
 def test_first_come_first_served_and_the_latest_leaves_first():
-    engine = Engine(Counter(), num_pages=8, page_size=4)
+    engine = Engine(counter(), num_pages=8, page_size=4)
     sequences = [engine.add(Request([i] * 6, 20)) for i in range(5)]
     ended, cached = [], 0
     while engine.has_work():
         engine.step()
-        waiting = list(engine.waiting)
-        assert engine.running + waiting == [s for s in sequences if not s.finished]  # in order of arrival
-        assert sequences[0].finished or sequences[0].num_cached > cached  # the oldest never loses a token
-        cached = sequences[0].num_cached
+        assert engine.running + list(engine.waiting) == [s for s in sequences if not s.finished]  # in order of arrival
+        assert sequences[0].finished or sequences[0].num_computed > cached  # the oldest never loses a token
+        cached = sequences[0].num_computed
         ended += [s for s in sequences if s.finished and s not in ended]
     assert ended == sequences and engine.stats.preemptions > 0
 
 
 def test_a_long_prompt_comes_in_pieces_and_stalls_nobody():
-    engine = Engine(Counter(), num_pages=100, page_size=4, max_tokens_per_step=10)
+    engine = Engine(counter(), num_pages=100, page_size=4, max_tokens_per_step=10)
     first = engine.add(Request([1], 30))
     engine.step()
     long = engine.add(Request([2] * 50, 3))
     for step in range(1, 7):  # 9 tokens of the prompt a step, beside the first sequence's one
         news = engine.step()
         assert len(first.generated) == 1 + step
-        assert long.num_cached == min(50, 9 * step)
+        assert long.num_computed == min(50, 9 * step)
         assert (long in dict(news)) == (step == 6)
 
 
 def test_a_step_keeps_to_its_token_budget():
-    engine = Engine(Counter(), num_pages=100, page_size=4, max_tokens_per_step=10)
-    sequences = [engine.add(Request([1] * 6, 3)) for _ in range(3)]
+    engine = Engine(counter(), num_pages=100, page_size=4, max_tokens_per_step=10)
+    sequences = [engine.add(Request([i] * 6, 3)) for i in range(3)]
     engine.step()
-    assert [sequence.num_cached for sequence in sequences] == [6, 4, 0]
+    assert [sequence.num_computed for sequence in sequences] == [6, 4, 0]
     engine.step()
-    assert [sequence.num_cached for sequence in sequences] == [7, 6, 6]
+    assert [sequence.num_computed for sequence in sequences] == [7, 6, 6]
+
+
+def test_no_more_sequences_run_at_once_than_allowed():
+    engine = Engine(counter(), num_pages=100, max_num_seqs=2)
+    sequences = [engine.add(Request([i], 3 + i)) for i in range(5)]
+    while engine.has_work():
+        engine.step()
+        assert len(engine.running) <= 2
+    assert [s.generated for s in sequences] == [count([i], 3 + i) for i in range(5)]
 
 
 def test_a_step_reports_what_is_new():
-    engine = Engine(Counter(), num_pages=10, page_size=4)
+    engine = Engine(counter(), num_pages=10, page_size=4)
     stop = count([3, 4], 3)[-1]
     stopped, other = engine.add(Request([3, 4], 9, stop_tokens=(stop,))), engine.add(Request([7], 2))
     assert engine.step() == [(stopped, [5]), (other, [7])]
@@ -278,8 +429,191 @@ def test_a_step_reports_what_is_new():
     assert (engine.stats.prefill_tokens, engine.stats.decode_tokens) == (2, 3)
 
 
+# Two steps under way
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_read():
+    engine = Engine(counter(), 10, 4, overlap=True)
+    order, device = [], Device()
+
+    def launch(pieces, tables):
+        order.append(("launch", [piece.tokens for piece in pieces]))
+        drawn = device.launch(pieces, tables)
+        return SimpleNamespace(read=lambda: order.append("read") or drawn.read())
+
+    engine.runner = SimpleNamespace(launch=launch)
+    sequence = engine.add(Request([3, 4], 4))
+    while engine.has_work():
+        engine.step()
+    pending = ("launch", [[-1]])
+    assert order == [("launch", [[3, 4]]), pending, "read", pending, "read", pending, "read", "read"]
+    assert sequence.generated == count([3, 4], 4)
+
+
+@pytest.mark.parametrize("why", ["stop", "cancelled"])
+def test_a_sequence_that_has_ended_under_way_computes_one_token_in_vain(why):
+    engine = Engine(counter(), 12, 4, overlap=True)
+    engine.runner = Device()
+    stop = (count([3, 4], 5)[-1],) if why == "stop" else ()
+    first, other = engine.add(Request([3, 4], 30, stop_tokens=stop)), engine.add(Request([9] * 5, 30))
+    for _ in range(5):
+        engine.step()
+    engine.finish(first, "cancelled")  # nothing happens to one that has ended by itself
+    assert first.finished == why and len(engine.launched) == 1
+    third = engine.add(Request([8] * 20, 9))  # takes pages into which the step under way still writes
+    while engine.has_work():
+        for sequence, _ in engine.step():
+            assert sequence is not first
+        check_engine(engine)
+    assert first.generated == count([3, 4], 4 if why == "stop" else 5)
+    assert other.generated == count([9] * 5, 30) and third.generated == count([8] * 20, 9)
+
+
+# Stop strings: tokens are letters, three a token for those above 25
+
+
+def letters(ids):
+    return "".join(chr(97 + id) if id < 26 else 3 * chr(39 + id) for id in ids)
+
+
+def stopped(prompt, stops, decode=letters, overlap=False, **keys):
+    engine = Engine(counter(), keys.pop("num_pages", 40), 4, decode=decode, overlap=overlap)
+    sequence = engine.add(Request(prompt, 30, stop_strings=stops, logprobs=0))
+    told = []
+    while engine.has_work():
+        for _, news in engine.step():
+            told += news
+    assert len(sequence.logprobs) == len(sequence.generated)
+    assert told[: len(sequence.generated)] == sequence.generated
+    return sequence
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("decode", [letters, lambda ids: letters(ids).encode()])
+def test_a_stop_string_ends_the_text_before_it_wherever_tokens_begin(overlap, decode):
+    whole = count([3, 4], 30)
+    text = letters(whole)
+    for start in range(0, 40, 3):
+        for length in (1, 2, 5, 8):
+            stop = text[start : start + length]
+            at = text.index(stop)
+            coded = stop if decode is letters else stop.encode()
+            sequence = stopped([3, 4], (coded, coded + coded), decode, overlap)
+            kept = text[:at]
+            assert sequence.finished == "stop" and sequence.text == (kept if decode is letters else kept.encode())
+            ids = sequence.generated
+            assert ids == whole[: len(ids)] and letters(ids).startswith(kept)
+            assert not ids or not letters(ids[:-1]).startswith(kept)  # no token that only belongs to the stop string
+
+
+def test_a_stop_string_is_found_across_tokens_that_decode_to_nothing():
+    def decode(ids):
+        return "".join(chr(97 + id % 26) for id in ids if id % 4 == 1)
+
+    whole = count([3, 4], 30)
+    stop = decode(whole)[2:5]
+    assert len(stop) == 3
+    sequence = stopped([3, 4], (stop,), decode)
+    assert sequence.finished == "stop" and sequence.text == decode(whole)[: decode(whole).index(stop)]
+
+
+def test_text_without_the_stop_string_is_whole():
+    sequence = stopped([3, 4], ("0",))
+    assert sequence.finished == "length" and sequence.text == letters(count([3, 4], 30))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stop_string_that_was_half_generated_when_its_sequence_was_preempted(overlap):
+    for length in range(2, 9):
+        stop = letters(count([1] * 6, 20))[12 : 12 + length]
+        engine = Engine(counter(), 8, 4, decode=letters, overlap=overlap)
+        sequences = [engine.add(Request([1] * 6, 20, stop_strings=(stop,), seed=i)) for i in range(4)]
+        while engine.has_work():
+            engine.step()
+            if engine.stats.preemptions < 3 and len(engine.running) > 1:
+                engine.preempt_latest()
+        assert engine.stats.preemptions >= 3
+        text = letters(count([1] * 6, 20))
+        assert [s.text for s in sequences] == [text[: text.index(stop)]] * 4
+
+
+# Log-probabilities, drawing, refusals
+
+
+def test_log_probabilities_are_those_of_the_text():
+    model = make(**VARIANTS["gqa"])
+    (prompt,) = prompts(9)
+    engine = Engine(model, 40, PAGE)
+    plain = engine.add(Request(prompt, 12, temperature=0.8, top_k=4, seed=3))
+    asked = engine.add(Request(prompt, 12, temperature=0.8, top_k=4, seed=3, logprobs=2))
+    while engine.has_work():
+        engine.step()
+    assert plain.generated == asked.generated and plain.logprobs == []
+    tokens = torch.tensor([prompt + asked.generated])
+    with torch.no_grad():
+        x = model.features(tokens, lambda layer, q, k, v, window: reference.attention(q, k, v, window))
+        want = model.logits(x)[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+    for row, token, (chosen, best) in zip(want, asked.generated, asked.logprobs, strict=True):
+        assert chosen == pytest.approx(row[token].item(), abs=1e-3)
+        assert list(best) == row.topk(2).indices.tolist()
+        assert max(best.values()) == pytest.approx(row.max().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_pages", [300, 12])
+def test_a_seeded_request_draws_the_same_alone_and_among_64_others(num_pages, overlap):
+    model = make(**VARIANTS["gqa"])
+    texts = prompts(*(1 + i % 30 for i in range(65)))
+    styles = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}, {"temperature": 1.5, "top_p": 0.8}]
+    styles += [{}, {"temperature": 1.2, "min_p": 0.1, "top_k": 40}]
+    requests = [Request(prompt, 16, seed=i, **styles[i % 5]) for i, prompt in enumerate(texts)]
+    engine = Engine(model, num_pages, PAGE, overlap=overlap)
+    together = [engine.add(request) for request in requests]
+    while engine.has_work():
+        engine.step()
+    assert (engine.stats.preemptions > 0) == (num_pages == 12)
+    for request, sequence in list(zip(requests, together))[:: 1 if num_pages == 300 else 13]:
+        alone = finish_all(Engine(model, 6, PAGE), [request])[0].generated
+        assert sequence.generated == alone
+        if request.temperature:
+            other = dataclasses.replace(request, seed=request.seed + 100)
+            assert finish_all(Engine(model, 6, PAGE), [other])[0].generated != alone
+
+
+def test_greedy_decoding_is_not_refused_and_stays_greedy_beside_drawing():
+    """Greedy rows of a batch that draws stay greedy."""
+    model = make()
+    texts = prompts(9, 9)
+    engine = Engine(model, 40, PAGE)
+    greedy, _ = engine.add(Request(texts[0], 15)), engine.add(Request(texts[1], 15, temperature=1.0, top_p=0.9))
+    while engine.has_work():
+        engine.step()
+    assert greedy.generated == recompute(model, texts[0], 15)
+
+
+def test_sample_i_draws_with_seed_plus_i():
+    model = make()
+    (prompt,) = prompts(10)
+    engine = Engine(model, 40, PAGE)
+    samples = engine.add_samples(Request(prompt, 12, temperature=1.0, seed=5), 3)
+    while engine.has_work():
+        engine.step()
+    for i, sample in enumerate(samples):
+        assert sample.generated == generate(model, [prompt], 12, seed=5 + i, temperature=1.0)[0]
+    assert len({tuple(sample.generated) for sample in samples}) == 3
+
+
+def test_the_number_of_a_draw_is_that_of_its_seed_and_place():
+    model = counter()
+    model.logits = lambda x: torch.zeros(len(x), 50)  # all alike: u alone decides
+    for overlap in (False, True):
+        engine = Engine(model, 20, overlap=overlap)
+        sequence = finish_all(engine, [Request([3, 4], 40, temperature=1.0, seed=7)])[0]
+        assert sequence.generated == [int(uniform(7, index) * 50) for index in range(40)]
+
+
 def test_ids_that_the_tokenizer_lacks_are_never_drawn():
-    model = Counter()
+    model = counter()
     model.logits = lambda x: torch.arange(50.0).expand(len(x), 50)  # the likeliest is the last
     for temperature in (0.0, 100.0):
         engine = Engine(model, 20, vocab_size=20)
@@ -301,10 +635,14 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
         ({"top_k": -1}, "top_k takes 0"),
         ({"top_p": 0.0}, "top_p takes a probability"),
         ({"top_p": 1.1}, "top_p takes a probability"),
+        ({"min_p": 1.1}, r"min_p takes a share in \[0, 1\], got 1.1"),
+        ({"min_p": math.nan}, "min_p takes a share"),
+        ({"logprobs": 21}, "logprobs takes None or 0 to 20, got 21"),
+        ({"stop_strings": ("x",)}, "stop_strings takes texts .* an Engine that was given decode"),
     ],
 )
 def test_a_bad_request_is_refused_alone(keys, message):
-    engine = Engine(Counter(), num_pages=8, page_size=4)
+    engine = Engine(counter(), num_pages=8, page_size=4)
     good = engine.add(Request([1, 2], 31))  # 32 cached tokens: exactly the pool
     engine.step()
     with pytest.raises(ValueError, match=message) as error:
@@ -315,94 +653,63 @@ def test_a_bad_request_is_refused_alone(keys, message):
     assert good.generated == count([1, 2], 31)
 
 
-@pytest.mark.parametrize("key", ["num_pages", "page_size", "max_tokens_per_step"])
+def test_a_request_that_fits_exactly_is_served_whatever_the_window():
+    for windows in ((0,), (1,), (4,), (5,), (6, 0), (3, 9)):
+        model = counter(windows, pos="rope")
+        for total in (9, 33, 60):
+            pages = next(n for n in range(1, 99) if accepts(Engine(model, n, 4), total))
+            engine = Engine(model, pages, 4)
+            engine.runner = Device()
+            sequence = engine.add(Request([1] * 7, total - 7))
+            while engine.has_work():
+                engine.step()
+            assert sequence.generated == count([1] * 7, total - 7) and engine.stats.preemptions == 0
+
+
+def accepts(engine, total):
+    try:
+        engine.check(Request([1] * 7, total - 7))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("key", ["num_pages", "page_size", "max_tokens_per_step", "max_num_seqs"])
 def test_sizes_below_one_are_refused(key):
     with pytest.raises(ValueError, match=f"{key} takes 1 or more, got 0"):
-        Engine(Counter(), **{"num_pages": 1, key: 0})
+        Engine(counter(), **{"num_pages": 1, key: 0})
 
 
-# Drawing
+# Reports
 
 
-@pytest.mark.parametrize("num_pages", [200, 12])
-def test_neighbours_and_preemption_change_no_draw(num_pages):
-    model = make(**VARIANTS["gqa"])
-    texts = prompts(*range(1, 31))
-    styles = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}, {"temperature": 1.5, "top_p": 0.8}, {}]
-    requests = [Request(prompt, 16, seed=i, **styles[i % 4]) for i, prompt in enumerate(texts)]
-    engine = Engine(model, num_pages, PAGE)
-    together = [sequence.generated for sequence in finish_all(engine, requests)]
-    assert (engine.stats.preemptions > 0) == (num_pages == 12)
-    for request, text in zip(requests, together):
-        alone = finish_all(Engine(model, 6, PAGE), [request])[0].generated
-        assert text == alone
-        if request.temperature:
-            other = dataclasses.replace(request, seed=request.seed + 100)
-            assert finish_all(Engine(model, 6, PAGE), [other])[0].generated != alone
+def test_the_pool_may_be_a_share_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr("engine.free_memory", lambda device: 10_000)
+    engine = Engine(counter((0, 0)), page_size=4, memory_fraction=0.5)
+    assert engine.num_pages == 5000 // (2 * 4 * 4 * 2)  # K and V of 4 tokens, float32, 2 layers
+    with pytest.raises(ValueError, match="memory_fraction=0.001 of the free memory holds no page"):
+        Engine(counter(), memory_fraction=0.001)
+    with pytest.raises(ValueError, match="memory_fraction takes a share"):
+        Engine(counter(), memory_fraction=1.5)
 
 
-def test_the_number_of_a_draw_is_that_of_its_seed_and_place():
-    model = Counter()
-    model.logits = lambda x: torch.zeros(len(x), 50)  # all alike: u alone decides
-    sequence = finish_all(Engine(model, 20), [Request([3, 4], 40, temperature=1.0, seed=7)])[0]
-    assert sequence.generated == [int(uniform(7, index) * 50) for index in range(40)]
+def test_the_unused_share_counts_slots_without_a_token():
+    engine = Engine(counter(), num_pages=20, page_size=4)
+    engine.add(Request([1] * 6, 3))  # 6, 7 and 8 tokens in 2 pages
+    while engine.has_work():
+        engine.step()
+    stats = engine.stats
+    assert stats.unused_share == (2 + 1 + 0) / (3 * 8) and stats.peak_pages == 2
+    assert stats.unused_share_of_reserving == 1 - (6 + 7 + 8) / (3 * 64)
+    assert "prefill 6 tokens" in str(stats) and "at most 2 pages held, 12.5% of them unused" in str(stats)
 
 
-LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0, 2.0, -math.inf, 1.5])
-
-
-def shares(n=4000, **style):
-    """How often each token is drawn when u runs over the unit interval in equal steps."""
-    request = Request([0], 1, **style)
-    tokens = draw(LOGITS.expand(n, -1), [request] * n, [(i + 0.5) / n for i in range(n)])
-    return torch.bincount(tokens, minlength=len(LOGITS)) / n
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("top_k", [0, 1, 3, 8, 99])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.6, 1e-6])
-def test_tokens_are_drawn_as_often_as_they_are_likely(temperature, top_k, top_p):
-    weights = [math.exp(logit / temperature) for logit in LOGITS.tolist()]
-    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or None]
-    kept, mass = [], 0.0
-    for i in order:  # the fewest that reach top_p of what top_k leaves
-        if mass < top_p * sum(weights[j] for j in order):
-            kept.append(i)
-        mass += weights[i]
-    want = [weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(len(weights))]
-    got = shares(temperature=temperature, top_k=top_k, top_p=top_p)
-    torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=2 / 4000)
-
-
-def test_rows_of_a_batch_keep_their_own_limits():
-    styles = [{}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.7}, {"temperature": 0.0}, {"temperature": 9.0}]
-    requests = [Request([0], 1, **{"temperature": 1.0, **style}) for style in styles]
-    for u in torch.linspace(0, 0.999, 50).tolist():
-        together = draw(LOGITS.expand(len(requests), -1), requests, [u] * len(requests)).tolist()
-        assert together == [draw(LOGITS[None], [request], [u]).item() for request in requests]
-
-
-def test_temperature_0_is_greedy_and_the_extremes_hold():
-    for style in ({}, {"top_k": 3}, {"top_p": 0.1}):
-        assert shares(temperature=0.0, **style)[1] == 1
-    assert shares(temperature=1e-30)[1] == 1
-    logits = torch.cat([LOGITS, LOGITS * 1e20, LOGITS])[None]  # huge ones, and ends that top_k cuts off
-    for temperature in (1e-30, 1.0, 1e30):
-        for u in (0.0, 1 - 2**-23):
-            assert draw(logits, [Request([0], 1, temperature=temperature, top_k=3)], [u]).item() in (9, 11, 13)
-
-
-def test_the_highest_uniform_never_reaches_the_total():
-    highest = torch.tensor(1 - 2**-23)
-    totals = torch.cat([torch.linspace(0.9, 2.1, 100_001), torch.tensor([1.0, 1 + 2**-23, 1 - 2**-24, 2 - 2**-23])])
-    assert (highest * totals < totals).all()
-
-
-def test_uniform_numbers_are_uniform_and_differ_by_seed_and_index():
-    numbers = torch.tensor([[uniform(seed, index) for index in range(200)] for seed in range(-100, 100)])
-    assert numbers.min() >= 0 and numbers.max() < 1 and (numbers.double() * 2**23 % 1 == 0).all()
-    counts = torch.histc(numbers, bins=64, min=0, max=1)
-    expected = numbers.numel() / 64
-    assert ((counts - expected) ** 2 / expected).sum() < 103.4  # chi-square, 63 degrees of freedom: 0.1%
-    assert abs(torch.corrcoef(numbers[:, :2].T)[0, 1]) < 0.25 and abs(torch.corrcoef(numbers[:2])[0, 1]) < 0.25
-    assert uniform(1, 23) != uniform(12, 3)
+def test_windowed_layers_leave_their_pages_to_others():
+    """A hybrid holds, between steps, a window for its windowed layers, and everything for the others."""
+    engine = Engine(counter((6, 6, 6, 0), pos="rope"), 200, 4, overlap=False)
+    engine.runner = Device()
+    engine.add(Request([1] * 50, 50))
+    for _ in range(45):
+        engine.step()
+        check_engine(engine)
+    assert engine.tables.allocator.num_held == 3 * 2 + 24

@@ -87,7 +87,9 @@ def test_several_samples_come_whole_and_each_can_be_had_again_alone(run, tmp_pat
     flags = ["--max_new_tokens=20", "--temperature=1.5"]
     out, err = run("chars", f"--prompts_file={file}", "--num_samples=2", "--seed=5", *flags, "--num_pages=4")
     assert "preemptions" in err
-    texts = [run("chars", f"--prompt={p}", f"--seed={5 + i}", *flags).out for i, p in enumerate(["abc", "abc", "ha", "ha"])]
+    texts = [
+        run("chars", f"--prompt={p}", f"--seed={5 + i}", *flags).out for i, p in enumerate(["abc", "abc", "ha", "ha"])
+    ]
     assert len(set(texts)) == 4
     for i, text in enumerate(texts):
         assert f"--- prompt {i // 2 + 1}, sample {i % 2 + 1} (length) ---\n{text}" in out
@@ -100,6 +102,8 @@ def test_a_stop_text_ends_a_sample_and_is_left_out(run):
     out, err = run("chars", "--prompt=abcab", "--temperature=0", "--max_new_tokens=30", f"--stop={stop}")
     assert out == "abcab" + whole[: whole.index(stop)] + "\n"
     assert f"decode {whole.index(stop) + 2} tokens" in err  # nothing is decoded behind it
+    for stops in (f'["zz", "{stop}"]', f'["{stop}{whole[13:20]}", "{stop}"]'):
+        assert run("chars", "--prompt=abcab", "--temperature=0", "--max_new_tokens=30", f"--stop={stops}").out == out
     out, _ = run("chars", "--prompt=abcab", "--temperature=0", "--max_new_tokens=12", f"--stop={whole[11]}zz")
     assert out == "abcab" + whole[:12] + "\n"  # its beginning alone stops nothing and is not lost
 
@@ -122,11 +126,30 @@ def test_text_outgrows_the_context_with_rope(run):
     assert out == "abc" + CHARS.decode(want[0]) + "\n"
 
 
+def test_samples_of_a_prompt_share_its_pages(run):
+    _, err = run("chars", f"--prompt={'abcdefgh' * 5}", "--num_samples=3", "--max_new_tokens=4")
+    assert f"{2 * 32} tokens found in the cache" in err  # two of its two and a half pages, twice
+
+
+def test_min_p_draws_less_wildly(run):
+    flags = ["--prompt=abc", "--max_new_tokens=20", "--temperature=30", "--top_k=0"]
+    out, _ = run("chars", *flags, "--min_p=1")
+    assert out == "abc" + greedy(CHARS, CHARS.encode("abc"), 20) + "\n" != run("chars", *flags).out
+
+
+def test_log_probabilities_are_listed_beside_the_text(run):
+    out, err = run("chars", "--prompt=abc", "--max_new_tokens=6", "--temperature=0", "--logprobs=true")
+    lines = err.splitlines()
+    assert lines[0] == "--- prompt 1, sample 1: log-probabilities ---" and len(lines) == 1 + 6 + 1
+    assert "".join(eval(line.split()[1]) for line in lines[1:7]) == out[3:-1]
+    assert all(float(line.split()[0]) <= 0 for line in lines[1:7])
+
+
 # The stream
 
 
-def stream(stop="", tokenizer=BYTES):
-    return sample.TextStream("name", "prompt", tokenizer, stop)
+def stream(*stops):
+    return sample.TextStream("name", "prompt", BYTES, [stop.encode() for stop in stops])
 
 
 def test_characters_are_shown_whole():
@@ -136,29 +159,33 @@ def test_characters_are_shown_whole():
 
 
 def test_a_torn_character_ends_as_a_replacement():
-    torn = stream()
-    assert torn.push(list("x€".encode()[:-1])) == "x"
-    assert torn.close() == "\ufffd" and torn.text == "x\ufffd"
+    torn, text = stream(), "x€".encode()[:-1]
+    assert torn.push(list(text)) == "x"
+    assert torn.close(text) == "\ufffd" and torn.text == "x\ufffd"
 
 
-@pytest.mark.parametrize("text, stop", [("aaab!", "aab"), ("abababac!", "abac"), ("x\n\ny", "\n\n"), ("né€!", "é€"), ("ab", "ab")])
-def test_a_stop_text_is_found_across_tokens(text, stop):
+@pytest.mark.parametrize(
+    "text, stop", [("aaab!", "aab"), ("abababac!", "abac"), ("x\n\ny", "\n\n"), ("né€!", "é€"), ("ab", "ab")]
+)
+def test_nothing_of_a_stop_text_is_shown(text, stop):
+    data = text.encode()
+    end = data.index(stop.encode())
     for size in range(1, 6):
-        halting, given = stream(stop), ""
-        data = text.encode()
+        halting, given = stream(stop, "never"), ""
         for start in range(0, len(data), size):
+            if data[: start + size].find(stop.encode()) >= 0:
+                break  # what the engine finds, it does not hand out
             given += halting.push(list(data[start : start + size]))
-            if halting.stopped:
-                break
-        given += halting.close()
-        assert halting.stopped and given == halting.text == text[: text.index(stop)]
+            assert text[: text.index(stop)].startswith(given)
+        given += halting.close(data[:end])
+        assert given == halting.text == text[: text.index(stop)]
 
 
 def test_text_that_only_begins_like_the_stop_text_is_given_out():
     waiting = stream("stop")
     assert waiting.push(list(b"go sto")) == "go "
     assert waiting.push(list(b"ne st")) == "stone "
-    assert waiting.close() == "st" and not waiting.stopped
+    assert waiting.close(b"go stone st") == "st"
 
 
 # What cannot be done
@@ -176,6 +203,8 @@ def test_text_that_only_begins_like_the_stop_text_is_given_out():
         ("chars", ["--top_p=0"], "top_p takes a probability"),
         ("chars", ["--top_p=1.1"], "top_p takes a probability"),
         ("chars", ["--top_k=-1"], "top_k takes 0 or more"),
+        ("chars", ["--min_p=1.5"], "min_p takes a share"),
+        ("chars", ['--stop=["a", ""]'], "stop takes a text or a JSON list of texts that are not empty"),
         ("chars", ["--num_samples=0"], "num_samples takes 1 or more"),
         ("chars", ["--page_size=0"], "page_size takes 1 or more"),
         ("chars", ["--max_new_tokens=50", "--num_pages=2"], "prompt 1: 1 prompt tokens and 50 new ones need 4 pages"),

@@ -1,0 +1,157 @@
+"""What the attention type buys, for one shape: cache bytes a token, sequences in a given memory, decoded tokens/s."""
+
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.engine import check_greedy, random_model
+from benchmarks.measure import write_results
+from device import pick_device, pick_dtype
+from engine import Engine, Request, groups_of
+from paging import most_pages
+from runner import page_bytes
+from sequence import Sequence
+
+PAGE_SIZE = 16
+VARIANTS = ("mha", "gqa", "mqa", "swa")
+
+
+class Sizes(NamedTuple):
+    shape: dict  # of the model
+    tokens: int  # of each sequence, a multiple of the page size
+    cache_bytes: int
+    batches: tuple[int, ...]
+    steps: int  # timed
+
+
+# The first is as large as Llama 3.2 1B. On a CPU the table is only as good as its shape is small.
+SIZES = {
+    "cuda": Sizes(
+        {"n_layer": 16, "n_embd": 2048, "n_head": 32, "mlp_hidden": 8192, "vocab_size": 32768, "max_seq_len": 2048},
+        tokens=2048,
+        cache_bytes=40 * 2**30,
+        batches=(1, 16, 64, 256),
+        steps=64,
+    ),
+    "cpu": Sizes(
+        {"n_layer": 2, "n_embd": 128, "n_head": 8, "mlp_hidden": 256, "vocab_size": 512, "max_seq_len": 128},
+        tokens=128,
+        cache_bytes=4 * 2**20,
+        batches=(1, 4, 16),
+        steps=16,
+    ),
+}
+PARTS = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+
+
+def bench_variants(config):
+    device = pick_device("auto")
+    dtype, sizes = pick_dtype("auto", device), SIZES["cuda" if device.type == "cuda" else "cpu"]
+    rows = []
+    print(f"{'':6}{'bytes/token':>12}{'sequences':>11}" + "".join(f"{f'batch {batch}':>12}" for batch in sizes.batches))
+    for attention in VARIANTS:
+        model = random_model({**sizes.shape, **PARTS, "attention": attention}, device, dtype)
+        row = measure_variant(model, sizes, config.rounds)
+        rows.append({"attention": attention, "window": model.config.window, **row})
+        speeds = [f"{speed:,.0f}" if speed else "too many" for speed in row["decode_tokens_per_s"].values()]
+        cells = [f"{row['kv_bytes_per_token']:12,}{row['largest_batch']:11,}", *(f"{speed:>12}" for speed in speeds)]
+        print(f"{attention:6}" + "".join(cells), flush=True)
+        del model
+        torch._dynamo.reset()  # and with it what was compiled for this model
+    folder = Path(config.out_dir)
+    plot_variants(rows, sizes, folder / "variants.png")
+    facts = {"shape": sizes.shape | PARTS, "tokens": sizes.tokens, "cache_bytes": sizes.cache_bytes}
+    write_results(folder / "variants.json", device, dtype, **facts, page_size=PAGE_SIZE, rows=rows)
+
+
+def measure_variant(model, sizes, rounds):
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    groups = groups_of(model.config)
+    num_pages = sizes.cache_bytes // page_bytes(model.config, groups, PAGE_SIZE, dtype)
+    most = max(*sizes.batches, 2 * num_pages // most_pages(groups, PAGE_SIZE, sizes.tokens))
+    engine = Engine(model, num_pages, PAGE_SIZE, 8192, max_num_seqs=most, compile=device.type == "cuda")
+    largest = fill(engine, sizes.tokens)
+    speeds = {}
+    for batch in sizes.batches:
+        speeds[batch] = None
+        if batch <= largest:
+            turns = [decode_speed(engine, sizes, batch, seed) for seed in range(1 + rounds)]
+            speeds[batch] = statistics.median(turns[1:])  # the first one compiles and captures
+    return {
+        "kv_bytes_per_token": model.kv_bytes_per_token(dtype.itemsize),
+        "largest_batch": largest,
+        "decode_tokens_per_s": speeds,
+    }
+
+
+def fill(engine, tokens):
+    """Let sequences of so many tokens take pages until there are too few for one more. Returns how many there are.
+
+    Each must hold exactly what the formula says: its tokens, or of a windowed model those that the next token sees, to
+    the page.
+    """
+    tables, config, sequences = engine.tables, engine.model.config, []
+    text = [0] * tokens
+    while True:
+        sequence = Sequence(Request(text, 1), 0)
+        if not tables.admit(sequence):
+            break
+        sequences.append(sequence)
+        while sequence.num_computed < tokens:
+            sequence.num_computed += tables.reserve(sequence, min(PAGE_SIZE, tokens - sequence.num_computed))
+            tables.slide(sequence)
+    seen = tokens - max(0, tokens + 1 - config.window) // PAGE_SIZE * PAGE_SIZE if config.window else tokens
+    bytes_per_value = engine.runner.k[0].element_size()
+    expected = len(sequences) * seen * config.n_kv_head * config.head_dim * 2 * bytes_per_value * config.n_layer
+    held = sum(pages[: tables.allocator.num_held].nbytes for pages in engine.runner.k + engine.runner.v)
+    if held != expected:
+        raise RuntimeError(f"{len(sequences)} sequences of {tokens} tokens hold {held} bytes, not {expected}")
+    for sequence in sequences:
+        tables.release(sequence)
+    return len(sequences)
+
+
+def decode_speed(engine, sizes, batch, seed):
+    """Tokens/s of `batch` sequences that all decode, at the end of their tokens."""
+    draw, vocab = random.Random(seed), engine.vocab_size
+    new = sizes.steps + 16  # the first ones may be drawn while others still compute their prompts
+    waits = sizes.tokens * batch // engine.max_tokens_per_step + 2
+    prompt = sizes.tokens - new - waits
+    prompts = [[draw.randrange(vocab) for _ in range(prompt)] for _ in range(batch)]
+    sequences = [engine.add(Request(tokens, new + waits)) for tokens in prompts]
+    while not all(sequence.generated for sequence in sequences):
+        engine.step()
+    start = time.perf_counter()
+    drawn = sum(len(engine.step()) for _ in range(sizes.steps))
+    speed = drawn / (time.perf_counter() - start)
+    while engine.has_work():
+        engine.step()
+    if batch == 1:
+        check_greedy(engine.model, prompts[0], sequences[0].generated)
+    return speed
+
+
+def plot_variants(rows, sizes, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    names = [row["attention"] for row in rows]
+    colors = [f"C{i}" for i in range(len(rows))]
+    axes[0].bar(names, [row["kv_bytes_per_token"] / 1024 for row in rows], color=colors)
+    axes[0].set_ylabel("KV cache a token, KiB")
+    axes[1].bar(names, [row["largest_batch"] for row in rows], color=colors)
+    axes[1].set_ylabel(f"sequences of {sizes.tokens} tokens in {sizes.cache_bytes / 2**30:.3g} GiB")
+    axes[1].set_yscale("log")
+    for row in rows:
+        points = [(batch, speed) for batch, speed in row["decode_tokens_per_s"].items() if speed]
+        axes[2].plot(*zip(*points), marker="o", label=row["attention"])
+    axes[2].set(xscale="log", yscale="log", xlabel="batch", ylabel=f"decoded tokens/s at {sizes.tokens} tokens")
+    axes[2].legend()
+    figure.savefig(path, dpi=120)

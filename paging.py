@@ -1,0 +1,256 @@
+"""Who holds which page of the KV cache. Numbers only: the K and V themselves are the runner's.
+
+    tokens of a sequence -> admit     a row of the page tables, and the pages that already hold the same beginning
+                         -> reserve   new pages for the next tokens, least recently used ones first
+                         -> remember  a full page is found again under the text up to its end
+                         -> slide     a page behind the window goes back at once
+                         -> release   all pages go back; what they hold can be found until they are taken again
+
+A page is page_size tokens of one group of layers. Layers that see equally far form a group, cut into groups of equal
+size where windows differ over the depth, so that one pool serves them all: a page that a windowed layer gives back may
+next hold tokens of a global one. A page may be held by many sequences, but only when it is full, so that nobody writes
+into it: the last, partly filled page of a shared beginning is computed again by each.
+
+Steps run one after the other on the device. So what a step writes may be read by the next one, and by the same one too,
+because a layer writes K and V of all tokens before it looks at any; and a page given back once a step is scheduled may
+be written by the next one, even if that is scheduled while the step still runs. But within the scheduling of a step
+nothing may be given back that this very step reads.
+"""
+
+import itertools
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PageGroup:
+    """Layers that see equally far and therefore hold the same tokens."""
+
+    window: int  # visible keys, 0: all
+    layers: tuple[int, ...]
+
+    def first_seen(self, position):
+        """The first position that the token at `position` sees."""
+        return max(0, position - self.window + 1) if self.window else 0
+
+
+def page_groups(windows):
+    """The groups of layers with these windows: as few as are all of one size."""
+    by_window = {}
+    for layer, window in enumerate(windows):
+        by_window.setdefault(window, []).append(layer)
+    size = math.gcd(*map(len, by_window.values()))
+    return [
+        PageGroup(window, tuple(layers[i : i + size]))
+        for window, layers in by_window.items()
+        for i in range(0, len(layers), size)
+    ]
+
+
+def pages_for(num_tokens, page_size):
+    return -(-num_tokens // page_size)
+
+
+def most_pages(groups, page_size, num_tokens):
+    """Pages that a sequence of num_tokens tokens has to hold at most, computed token by token."""
+    pages = pages_for(num_tokens, page_size)
+    # `window` positions in a row touch most pages when they begin at the last slot of one
+    return sum(min(pages, (g.window + page_size - 2) // page_size + 1) if g.window else pages for g in groups)
+
+
+class PageAllocator:
+    """Page ids 0 to num_pages - 1, each of them free or held by one sequence or more, never both."""
+
+    def __init__(self, num_pages):
+        self.free = OrderedDict.fromkeys(range(num_pages))  # in the order in which they will be taken
+        self.holders = [0] * num_pages
+
+    @property
+    def num_held(self):
+        return len(self.holders) - len(self.free)
+
+    def take(self):
+        """The free page whose contents were needed least recently; the caller has made sure that there is one."""
+        page, _ = self.free.popitem(last=False)
+        self.holders[page] = 1
+        return page
+
+    def share(self, page):
+        if not self.holders[page]:
+            del self.free[page]
+        self.holders[page] += 1
+
+    def give_back(self, page, useful):
+        """One holder less. A page that nobody holds any more is free; it is taken last if it is useful, else first."""
+        if not self.holders[page]:
+            raise ValueError(f"page {page} is given back, but nobody holds it")
+        self.holders[page] -= 1
+        if not self.holders[page]:
+            self.free[page] = None
+            self.free.move_to_end(page, last=useful)
+
+
+class Prefix:
+    """A page's worth of text behind another Prefix: what the cache knows by heart.
+
+    Found by `key`, the number of the Prefix before it and its own tokens, so that two texts share a Prefix exactly when
+    all of their tokens are equal: a dictionary compares keys that have the same hash.
+    """
+
+    def __init__(self, key, number, num_groups):
+        self.key = key
+        self.number = number  # never given to another text, even when this one is forgotten
+        self.pages = [None] * num_groups  # where each group keeps it, None: no more
+
+
+class Row:
+    """A sequence's row of the page tables. Group g holds the pages of index first[g] up to end; index j has the
+    positions j * page_size and following."""
+
+    def __init__(self, index, first, end, prefix):
+        self.index = index
+        self.first = first
+        self.end = end
+        self.known = end  # full pages that are remembered, or were found
+        self.prefix = prefix  # number of the Prefix of the last of them
+
+
+class PageTables:
+    """The page tables of all running sequences, one for each group, and the pool that their pages come from.
+
+    Sequences have .tokens (ids known so far), .num_computed (tokens whose K and V are in the pages or on their way
+    there) and .row, which is None unless they are admitted.
+
+    tables[g][row, j % width] is the page of index j. A windowed group's table is as wide as the window and the longest
+    step need, so that a sequence can go on without end in it; a global group's grows with the longest sequence.
+    """
+
+    def __init__(self, groups, num_pages, page_size, max_num_seqs, max_tokens_per_step, max_seq_len):
+        self.groups = groups
+        self.page_size = page_size
+        self.allocator = PageAllocator(num_pages)
+        self.rows = list(reversed(range(max_num_seqs)))  # free ones, the lowest is taken next
+        self.tables = []
+        for group in groups:
+            longest = group.window + max_tokens_per_step if group.window else max_seq_len
+            width = min(num_pages, pages_for(longest, page_size) + 1)
+            self.tables.append(np.zeros((max_num_seqs, width), dtype=np.int32))
+        self.prefixes = {}  # key -> Prefix
+        self.contents = [None] * num_pages  # (Prefix, group) that a page holds, if it can be found again
+        self.numbers = itertools.count(1)  # 0 stands before every text
+
+    def page(self, row, group, index):
+        table = self.tables[group]
+        return int(table[row.index, index % table.shape[1]])
+
+    def put(self, row, group, index, page):
+        table = self.tables[group]
+        if index >= table.shape[1] and not self.groups[group].window:
+            self.tables[group] = table = np.pad(table, ((0, 0), (0, table.shape[1])))
+        table[row.index, index % table.shape[1]] = page
+
+    def admit(self, sequence):
+        """Give the sequence a row and what is known of its tokens. False when rows or pages do not suffice to compute
+        the others, too."""
+        found = self.find(sequence.tokens)
+        position = len(found) * self.page_size
+        first = [group.first_seen(position) // self.page_size for group in self.groups]
+        shared = [(g, j, found[j].pages[g]) for g in range(len(first)) for j in range(first[g], len(found))]
+        missing = most_pages(self.groups, self.page_size, len(sequence.tokens)) - len(shared)
+        left = len(self.allocator.free) - sum(not self.allocator.holders[page] for *_, page in shared)
+        if not self.rows or missing > left:
+            return False
+        row = Row(self.rows.pop(), first, len(found), found[-1].number if found else 0)
+        for group, index, page in shared:
+            self.allocator.share(page)
+            self.put(row, group, index, page)
+        sequence.row = row
+        sequence.num_computed = position
+        return True
+
+    def find(self, tokens):
+        """The longest known beginning of the tokens, as Prefixes; the last token is left to compute, for its logits.
+
+        A group must still have the pages that the next token sees, not those behind its window. The text before them
+        is known to be the same as long as one group has it.
+        """
+        found, longest, number = [], 0, 0
+        in_a_row = [0] * len(self.groups)  # pages that a group has, up to here
+        for start in range(0, len(tokens) - self.page_size, self.page_size):
+            prefix = self.prefixes.get((number, tuple(tokens[start : start + self.page_size])))
+            if prefix is None:
+                break
+            found.append(prefix)
+            number = prefix.number
+            enough = True
+            for g, group in enumerate(self.groups):
+                in_a_row[g] = 0 if prefix.pages[g] is None else in_a_row[g] + 1
+                enough &= len(found) - in_a_row[g] <= group.first_seen(start + self.page_size) // self.page_size
+            if enough:
+                longest = len(found)
+        return found[:longest]
+
+    def reserve(self, sequence, num_tokens):
+        """Pages for the next num_tokens tokens, or for as many as there are pages for. Returns their number."""
+        row, start = sequence.row, sequence.num_computed
+        if start + num_tokens <= row.end * self.page_size:
+            return num_tokens  # as for most tokens that are decoded
+        most = row.end + len(self.allocator.free) // len(self.groups)
+        num_tokens = min(num_tokens, most * self.page_size - start)
+        for index in range(row.end, pages_for(start + num_tokens, self.page_size)):
+            for group in range(len(self.groups)):
+                page = self.allocator.take()
+                self.forget(page)
+                self.put(row, group, index, page)
+            row.end = index + 1
+        return num_tokens
+
+    def remember(self, sequence):
+        """Let full pages be found again, once their tokens are known and are, or are about to be, in the cache."""
+        row = sequence.row
+        full = min(sequence.num_computed, len(sequence.tokens)) // self.page_size
+        for index in range(row.known, full):
+            key = (row.prefix, tuple(sequence.tokens[index * self.page_size : (index + 1) * self.page_size]))
+            prefix = self.prefixes.get(key) or Prefix(key, next(self.numbers), len(self.groups))
+            for group in range(len(self.groups)):
+                if index >= row.first[group] and prefix.pages[group] is None:
+                    prefix.pages[group] = page = self.page(row, group, index)
+                    self.contents[page] = prefix, group
+                    self.prefixes[key] = prefix
+            row.prefix, row.known = prefix.number, index + 1
+
+    def forget(self, page):
+        """The page is about to hold something else."""
+        if self.contents[page] is None:
+            return
+        prefix, group = self.contents[page]
+        self.contents[page] = prefix.pages[group] = None
+        if not any(page is not None for page in prefix.pages):
+            del self.prefixes[prefix.key]
+
+    def slide(self, sequence):
+        """Give back the pages that neither the next token nor a later one sees. Called once a step is scheduled."""
+        row = sequence.row
+        for g, group in enumerate(self.groups):
+            if group.window:
+                first = group.first_seen(sequence.num_computed) // self.page_size
+                for index in range(row.first[g], first):
+                    self.give_back(self.page(row, g, index))
+                row.first[g] = first
+
+    def release(self, sequence):
+        """Give everything back, the end of the text first: its beginning is likelier to be needed again."""
+        row = sequence.row
+        for index in reversed(range(min(row.first), row.end)):
+            for group in range(len(self.groups)):
+                if index >= row.first[group]:
+                    self.give_back(self.page(row, group, index))
+        self.rows.append(row.index)
+        sequence.row = None
+        sequence.num_computed = 0
+
+    def give_back(self, page):
+        self.allocator.give_back(page, useful=self.contents[page] is not None)

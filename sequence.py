@@ -1,0 +1,73 @@
+"""A request on its way through the engine: what was asked, the tokens so far, and where they end."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and how to draw. `Engine.add` checks it."""
+
+    prompt: list[int]  # token ids
+    max_new_tokens: int
+    temperature: float = 0.0  # 0: the likeliest token
+    top_k: int = 0  # draw among the k likeliest tokens; 0: no limit
+    top_p: float = 1.0  # draw among the fewest likeliest tokens that have this probability together
+    min_p: float = 0.0  # draw among tokens at least this many times as likely as the likeliest
+    seed: int = 0
+    stop_tokens: tuple[int, ...] = ()  # one of these ends the sequence and is not part of it
+    stop_strings: tuple = ()  # so does one of these, str or bytes as `decode` of the engine gives
+    logprobs: int | None = None  # log-probabilities of the drawn tokens, and of so many likeliest ones
+
+
+class Sequence:
+    """A request on its way."""
+
+    def __init__(self, request, seed):
+        self.request = request
+        self.seed = seed
+        self.tokens = list(request.prompt)  # and what was generated, as far as it is read
+        self.logprobs = []  # of each generated token, if asked for: (its log-probability, {id: of the likeliest ones})
+        self.pending = 0  # tokens drawn but not read; a third is not scheduled before the first of two is read
+        self.drawn_at = 0  # the row of the step where it was drawn
+        self.num_computed = 0  # tokens whose K and V are in the pages, or will be when the launched steps have run
+        self.row = None  # of the page tables, while running
+        self.finished = ""  # why: "length", "stop" or "cancelled"
+        self.text = None  # of the generated tokens without a stop string; once finished, if the engine can decode
+
+    @property
+    def generated(self):
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def num_generated(self):
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_drawn(self):
+        """Generated tokens, those pending included."""
+        return self.num_generated + self.pending
+
+    @property
+    def todo(self):
+        """Tokens to compute next; none once the last one is drawn, which nobody looks at."""
+        if self.num_drawn == self.request.max_new_tokens:
+            return 0
+        return len(self.tokens) + self.pending - self.num_computed
+
+    def ends_in_stop_string(self, decode):
+        """Whether the newest token completes a stop string. Decodes no more of the text's end than it must."""
+        stops, ids = self.request.stop_strings, self.generated
+        longest = max(len(stop.encode() if isinstance(stop, str) else stop) for stop in stops)
+        count = longest + 1  # tokens, of a byte at least ..
+        while len(text := decode(ids[-count:])) <= longest and count < len(ids):
+            count *= 2  # .. but for those that decode to nothing
+        return any(stop in text for stop in stops)
+
+    def make_text(self, decode):
+        """Decode the generated tokens up to the first stop string, and drop the tokens that only belong to that."""
+        text = decode(self.generated)
+        found = [at for stop in self.request.stop_strings if (at := text.find(stop)) >= 0]
+        self.text = text[: min(found, default=len(text))]
+        while found and self.generated and decode(self.generated[:-1]).startswith(self.text):
+            self.tokens.pop()
+        del self.logprobs[self.num_generated :]

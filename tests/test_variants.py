@@ -1,0 +1,34 @@
+"""The table of what the attention type buys, at a size that takes seconds."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import variants
+
+SHAPE = {"n_layer": 2, "n_embd": 64, "n_head": 8, "mlp_hidden": 64, "vocab_size": 64, "max_seq_len": 64}
+
+
+def test_the_table_counts_bytes_sequences_and_tokens(tmp_path, monkeypatch, capsys):
+    sizes = variants.Sizes(SHAPE, tokens=64, cache_bytes=2**18, batches=(1, 9), steps=4)
+    monkeypatch.setattr(variants, "SIZES", {"cpu": sizes, "cuda": sizes})
+    monkeypatch.setattr(variants, "pick_device", lambda name: variants.torch.device("cpu"))
+    variants.bench_variants(SimpleNamespace(out_dir=tmp_path, rounds=1))
+    rows = {row["attention"]: row for row in json.loads((tmp_path / "variants.json").read_text())["rows"]}
+    assert list(rows) == ["mha", "gqa", "mqa", "swa"]
+    assert [row["kv_bytes_per_token"] for row in rows.values()] == [1024, 256, 128, 1024]
+    assert [row["largest_batch"] for row in rows.values()] == [4, 16, 32, 15]
+    assert [row["decode_tokens_per_s"]["9"] is None for row in rows.values()] == [True, False, False, False]
+    assert all(row["decode_tokens_per_s"]["1"] > 0 for row in rows.values())
+    assert (tmp_path / "variants.png").stat().st_size > 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+
+def test_memory_that_is_not_what_the_formula_says_is_an_error(monkeypatch):
+    model = variants.random_model({**SHAPE, **variants.PARTS}, "cpu", variants.torch.float32)
+    engine = variants.Engine(model, 20, variants.PAGE_SIZE)
+    assert variants.fill(engine, 64) == 5
+    monkeypatch.setattr(engine.tables, "page_size", 8)  # as if pages were taken for fewer tokens than they hold
+    with pytest.raises(RuntimeError, match="sequences of 64 tokens hold"):
+        variants.fill(engine, 64)
