@@ -1,11 +1,13 @@
 """Every speed figure of the project: python bench.py NAME [--key=value ...]
 
-attention: the training kernels against every peer that is there, forward and backward. Needs an NVIDIA GPU.
-           Writes results/attention.json and results/attention.png.
-train:     a training step of GPT-2 124M with these kernels and with each of torch's, for each attention type. Needs an
-           NVIDIA GPU. Writes results/train.json.
-engine:    greedy decoding with GPT-2 124M's shape and random weights, against transformers' cached generate where that
-           is installed. Runs on any device. Writes results/engine-DEVICE.json.
+attention: the training kernels against every peer that is there, forward and backward. GPU.
+train:     a training step of GPT-2 124M with these kernels and with each of torch's, for each attention type. GPU.
+decode:    attention over pages, one token a sequence, as a share of the bandwidth of a device copy. GPU.
+engine:    whole runs of the engine: GPT-2 124M, and on a GPU Qwen3-0.6B's shape. Without a GPU, beside transformers.
+variants:  cache bytes, largest batch and decoding speed of mha, gqa, mqa and swa. Any device.
+claims:    what introductions to these methods say, measured. Any device; only a GPU's figures mean something.
+
+Each writes results/NAME.json, most a plot beside it. "GPU" needs an NVIDIA GPU.
 
 Everything is validated before it is timed. Times are medians over rounds in which all contestants take turns, so that a
 change of the clock meets all of them. The last line printed is JSON.
@@ -29,21 +31,29 @@ class BenchConfig:
     sweep: Annotated[bool, "time growing lengths, too"] = True
 
 
+NEEDS_GPU = {"attention": True, "train": True, "decode": True, "engine": False, "variants": False, "claims": False}
+
+
 def main(argv):
     words, config = parse(argv, BenchConfig, usage=__doc__)
-    names = ("attention", "train", "engine")
-    if len(words) != 1 or words[0] not in names:
-        raise UserError(f"bench.py takes the name of one measurement, {' or '.join(names)}, got {' '.join(words) or 'none'}")
+    if len(words) != 1 or words[0] not in NEEDS_GPU:
+        raise UserError(f"bench.py takes the name of one measurement, {' or '.join(NEEDS_GPU)}, got {' '.join(words) or 'none'}")
     name = words[0]
-    if name != "engine" and not torch.cuda.is_available():
+    if NEEDS_GPU[name] and not torch.cuda.is_available():
         raise UserError(f"bench.py {name} times GPU kernels and finds no NVIDIA GPU; run it on a machine that has one")
     # imported here, because each needs packages that the others do without
     if name == "attention":
         from benchmarks.attention import bench_attention as measure
     elif name == "train":
         from benchmarks.training import bench_train as measure
-    else:
+    elif name == "decode":
+        from benchmarks.decode import bench_decode as measure
+    elif name == "engine":
         from benchmarks.engine import bench_engine as measure
+    elif name == "variants":
+        from benchmarks.variants import bench_variants as measure
+    else:
+        from benchmarks.claims import bench_claims as measure
     measure(config)
 
 

@@ -112,7 +112,8 @@ def _dq_kernel(
     q_strides,  # (batch, token, head), in elements; D is contiguous
     k_strides,
     v_strides,
-    o_strides,  # of o, do and dq
+    o_strides,  # of o and do
+    dq_strides,
     H,
     T_q,
     T_k,
@@ -163,7 +164,7 @@ def _dq_kernel(
         ds = p * (dp - delta[:, None])
         dq = add_dot(dq, ds.to(k.dtype), k)
 
-    store_tile(of_batch(dq_ptr, batch, o_strides), dq * scale, head, start_m, T_q, o_strides, BLOCK_M, HEAD_DIM)
+    store_tile(of_batch(dq_ptr, batch, dq_strides), dq * scale, head, start_m, T_q, dq_strides, BLOCK_M, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["T_q", "T_k", "heads_together"])
@@ -347,14 +348,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tupl
 
 
 @torch.library.custom_op("attention::flash_backward", mutates_args=())
-def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv."""
-    B, T_q, H = q.shape[:3]
+def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float) -> Tensor:
+    """dq, dk and dv side by side, (B, T_k, H + 2 H_kv, D), as a fused projection had q, k and v: its own backward pass,
+    when compiled, then finds them in place and copies nothing. dq is in the last T_q tokens; those before hold nothing."""
+    B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
     q, k, v, do = (kernel_layout(x) for x in (q, k, v, do.contiguous()))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dqkv = q.new_empty(B, T_k, H + 2 * H_kv, D)
+    dq, dk, dv = split_heads(dqkv, q, k)
     stats = lse.new_empty(*lse.shape, 2)
     _, dq_tiles, dkdv_tiles = choose_tiles(q, window)
     launch(
@@ -369,6 +370,7 @@ def _backward(
         lse_ptr=lse,
         stats_ptr=stats,
         o_strides=strides(o),
+        dq_strides=strides(dq),
     )
     num_tiles = triton.cdiv(T_k, dkdv_tiles.block_n)
     # with few heads, as in MQA, enough of them that the long programs of all start before the short ones of any
@@ -386,7 +388,13 @@ def _backward(
         do_strides=strides(do),
         dk_strides=strides(dk),
     )
-    return dq, dk, dv
+    return dqkv
+
+
+def split_heads(dqkv, q, k):
+    """The views dq, dk and dv of what `_backward` returns."""
+    dq, dk, dv = dqkv.split([q.shape[2], k.shape[2], k.shape[2]], dim=2)
+    return dq[:, k.shape[1] - q.shape[1] :], dk, dv
 
 
 @_forward.register_fake
@@ -397,7 +405,7 @@ def _(q, k, v, window, scale):
 
 @_backward.register_fake
 def _(do, q, k, v, o, lse, window, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return q.new_empty(k.shape[0], k.shape[1], q.shape[2] + 2 * k.shape[2], q.shape[3])
 
 
 def _save(ctx, inputs, output):
@@ -409,7 +417,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, do, _):
-    return *_backward(do, *ctx.saved_tensors, ctx.window, ctx.scale), None, None
+    q, k, v, o, lse = ctx.saved_tensors  # once: a checkpoint computes them again each time
+    return *split_heads(_backward(do, q, k, v, o, lse, ctx.window, ctx.scale), q, k), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

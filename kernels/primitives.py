@@ -105,7 +105,7 @@ def dot(a, b):
 def dot_of_halves(q, k):
     """q @ k^T for (M, D) and (N, D). In float32 as the sum of two products over half of D each: a chain of D roundings is
     off by more than the sums that libraries take for a single query."""
-    if q.dtype == tl.float32:
+    if q.dtype == tl.float32 and q.shape[1] >= 32:  # a product adds up 16 numbers at least
         q_even, q_odd = tl.split(q.reshape(q.shape[0], q.shape[1] // 2, 2))
         k_even, k_odd = tl.split(k.reshape(k.shape[0], k.shape[1] // 2, 2))
         return dot(q_even, tl.trans(k_even)) + dot(q_odd, tl.trans(k_odd))

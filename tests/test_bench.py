@@ -17,11 +17,11 @@ def test_attention_flops_count_the_visible_pairs(window):
 @pytest.mark.parametrize("words", [[], ["speed"], ["engine", "attention"]])
 def test_an_unknown_measurement_is_one_line(words):
     result = script("bench.py", *words, check=False)
-    assert result.returncode == 2 and "attention or train or engine" in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and "attention or train or decode or engine" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["attention", "train"])
+@pytest.mark.parametrize("name", ["attention", "train", "decode"])
 def test_kernels_without_a_gpu_are_one_line(name):
     result = script("bench.py", name, check=False)
     assert result.returncode == 2 and "NVIDIA GPU" in result.stderr

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from util import environment, repository
 
 from kernels import reference
@@ -299,6 +300,20 @@ def test_deterministic_and_right_at_length(D, window):
     check((q, k, v, do, window))
     runs = [gradients(flash_attention, q, k, v, do, window) for _ in range(3)]
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*runs, strict=True))
+
+
+@gpu
+def test_a_compiled_projection_takes_its_gradient_as_it_is():
+    """No copy puts dq, dk and dv side by side."""
+    x = torch.randn(2, 64, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(6 * 16, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    @torch.compile(fullgraph=True)
+    def attend(x, weight):
+        return flash_attention(*(x @ weight.T).unflatten(-1, (6, 16)).split([4, 1, 1], dim=2))
+
+    _, codes = run_and_get_code(lambda: attend(x, weight).backward(torch.ones(2, 64, 4, 16, device="cuda", dtype=torch.bfloat16)))
+    assert len(codes) == 2 and "flash_backward" in codes[1] and "cat" not in codes[1]
 
 
 @gpu

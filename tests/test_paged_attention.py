@@ -363,6 +363,8 @@ for kernel in ("_write_kernel", "_decode_kernel", "_prefill_kernel"):
 for H, H_kv, D, page_size, window, dtype in (
     (12, 12, 64, 64, 0, torch.bfloat16),
     (6, 2, 80, 16, 100, torch.float16),
+    (32, 1, 128, 64, 0, torch.bfloat16),
+    (2, 2, 16, 16, 0, torch.float32),
     (2, 2, 32, 16, 0, torch.float32),
 ):
     q, k, v = torch.zeros(5, H + 2 * H_kv, D, dtype=dtype).split([H, H_kv, H_kv], dim=1)
