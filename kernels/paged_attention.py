@@ -343,9 +343,7 @@ def counters(device):
 def check_alignment(k_pages, v_pages):
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         address = pages.data_ptr()
-        require(
-            address % 16 == 0, f"paged_attention: {name}.data_ptr()", address, "an address that is a multiple of 16"
-        )
+        require(address % 16 == 0, f"paged_attention: {name}.data_ptr()", address, "an address that is a multiple of 16")
 
 
 def launch(kernel, grid, tiles, inputs, **arguments):
@@ -480,9 +478,7 @@ def write_pages(k, v, k_pages, v_pages, slot_mapping):
     _write(k, v, k_pages, v_pages, slot_mapping)
 
 
-def paged_attention(
-    q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None, *, max_query_len, max_seq_len
-):
+def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None, *, max_query_len, max_seq_len):
     """Causal attention of a packed batch of sequences whose K and V lie in pages. No host synchronisation.
 
     q:                (N, H, D), the query tokens of all sequences in a row; those of sequence i are the rows
@@ -499,39 +495,27 @@ def paged_attention(
     `kernels.reference.paged_attention`. Wrong arguments raise a ValueError; what lies on the device is trusted.
     Sources: PagedAttention, Kwon et al. 2023, section 4.1; splitting the keys: Flash-Decoding, Dao et al. 2023.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     check("paged_attention", "q", q, k_pages, v_pages)
     (N, H, D), H_kv, num_seqs = q.shape, k_pages.shape[2], page_table.shape[0]
-    scale = D**-0.5 if scale is None else scale
-    most = MAX_ROWS[padded(D)]
-    integers = (
-        ("page_table", page_table, (num_seqs, *page_table.shape[1:2])),
-        ("seq_lens", seq_lens, (num_seqs,)),
-        ("cu_seqlens", cu_seqlens, (num_seqs + 1,)),
-    )
-    for name, x, shape in integers:
+
+    def takes(holds, name, value, what):
+        require(holds, f"paged_attention: {name}", value, what)
+
+    shapes = ((num_seqs, *page_table.shape[1:2]), (num_seqs,), (num_seqs + 1,))
+    for name, x, shape in zip(("page_table", "seq_lens", "cu_seqlens"), (page_table, seq_lens, cu_seqlens), shapes):
         fits = x.shape == shape and x.stride(-1) == 1 and x.dtype == torch.int32 and x.device == q.device
-        require(fits, f"paged_attention: {name}", described(x), f"{shape} int32 side by side on {q.device}")
-    two_dimensional = page_table.dim() == 2 and page_table.numel() > 0 and num_seqs < 2**16
-    for holds, name, value, takes in (
-        (
-            two_dimensional,
-            "page_table",
-            described(page_table),
-            "(num_seqs, max_pages), 65535 sequences at most, none 0",
-        ),
-        (
-            H % H_kv == 0 and H <= most * H_kv,
-            "q.shape[1]",
-            H,
-            f"a multiple of k_pages' {H_kv} heads, {most} times at most",
-        ),
-        (isinstance(window, int) and window >= 0, "window", window, "a whole number from 0 on, 0 for no limit"),
-        (0 < scale < math.inf, "scale", scale, "a finite number above 0"),
-        (max_query_len >= 1, "max_query_len", max_query_len, "a whole number from 1 on"),
-        (max_query_len > 1 or N <= num_seqs, "q.shape[0]", N, f"at most one token for each of {num_seqs} sequences"),
-        (max_seq_len >= 0, "max_seq_len", max_seq_len, "a whole number from 0 on"),
-    ):
-        require(holds, f"paged_attention: {name}", value, takes)
+        takes(fits, name, described(x), f"{shape} int32 side by side on {q.device}")
+    fits = page_table.dim() == 2 and page_table.numel() > 0 and num_seqs < 2**16
+    takes(fits, "page_table", described(page_table), "(num_seqs, max_pages), 65535 sequences at most, none 0")
+    most = MAX_ROWS[padded(D)]
+    takes(H % H_kv == 0 and H <= most * H_kv, "q.shape[1]", H, f"a multiple of k_pages' {H_kv} heads, {most} times at most")
+    takes(isinstance(window, int) and window >= 0, "window", window, "a whole number from 0 on, 0 for no limit")
+    takes(0 < scale < math.inf, "scale", scale, "a finite number above 0")
+    takes(max_query_len >= 1, "max_query_len", max_query_len, "a whole number from 1 on")
+    fits = max_query_len > 1 or N <= num_seqs
+    takes(fits, "q.shape[0]", N, f"at most one token for each of {num_seqs} sequences")
+    takes(max_seq_len >= 0, "max_seq_len", max_seq_len, "a whole number from 0 on")
     return _paged(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale, max_query_len, max_seq_len)
 
 
