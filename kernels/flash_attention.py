@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import kernel_layout, on_hopper, require, require_computable, strides
+from kernels.launch import cdiv, kernel_layout, next_power_of_2, on_hopper, require, require_computable, strides
 from kernels.primitives import (
     LOG2_E,
     LOWEST,
@@ -279,7 +279,7 @@ L2_SHARE = 16 << 20  # bytes that heads walked together may read over and over: 
 
 def choose_tiles(q, window):
     """(forward, dq, dkdv) for these queries and the GPU that they are on."""
-    padded = max(64, triton.next_power_of_2(q.shape[3]))
+    padded = max(64, next_power_of_2(q.shape[3]))
     if q.dtype == torch.float32:
         return FLOAT32[padded]
     return HOPPER.get((padded, window > 0), HOPPER[padded, False]) if on_hopper(q) else AMPERE[padded]
@@ -295,7 +295,7 @@ def launch(kernel, tiles, num_programs, heads_together, inputs, **arguments):
     q, k, v, window, scale = inputs
     T_q, H, D = q.shape[1:]
     T_k, H_kv = k.shape[1:3]
-    whole = T_q % tiles.block_m == 0 and T_k % tiles.block_n == 0 and D == triton.next_power_of_2(D)
+    whole = T_q % tiles.block_m == 0 and T_k % tiles.block_n == 0 and D == next_power_of_2(D)
     if tiles.tma:  # descriptors live in memory that the kernel asks for; the allocator is the thread's, so set it here
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))
     kernel[(num_programs,)](
@@ -337,7 +337,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tupl
     launch(
         _forward_kernel,
         tiles,
-        B * H * triton.cdiv(T_q, tiles.block_m),
+        B * H * cdiv(T_q, tiles.block_m),
         together,
         (q, k, v, window, scale),
         o_ptr=o,
@@ -361,7 +361,7 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
     launch(
         _dq_kernel,
         dq_tiles,
-        B * H * triton.cdiv(T_q, dq_tiles.block_m),
+        B * H * cdiv(T_q, dq_tiles.block_m),
         1,
         (q, k, v, window, scale),
         o_ptr=o,
@@ -372,9 +372,9 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
         o_strides=strides(o),
         dq_strides=strides(dq),
     )
-    num_tiles = triton.cdiv(T_k, dkdv_tiles.block_n)
+    num_tiles = cdiv(T_k, dkdv_tiles.block_n)
     # with few heads, as in MQA, enough of them that the long programs of all start before the short ones of any
-    together = 1 if window else max(heads_in_cache(q, H // H_kv), triton.cdiv(512, num_tiles))
+    together = 1 if window else max(heads_in_cache(q, H // H_kv), cdiv(512, num_tiles))
     launch(
         _dkdv_kernel,
         dkdv_tiles,

@@ -10,6 +10,14 @@ def on_hopper(x):
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
+def cdiv(a, b):  # triton's own are made for kernels; on the host they take 4 us a call
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length()
+
+
 def kernel_layout(x):
     """x itself where the kernels can read it: 16 bytes at once along D, which views of a fused projection allow."""
     aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 and s > 0 for s, n in zip(x.stride()[:3], x.shape[:3]) if n > 1)
@@ -22,9 +30,14 @@ def strides(x):
 
 
 def require(holds, name, value, takes):
-    """Refuse what a kernel cannot do, naming the argument, its value and what is taken."""
+    """Refuse what a kernel cannot do, naming the argument, its value, described if it is a tensor, and what is taken."""
     if not holds:
-        raise ValueError(f"{name} is {value}; it takes {takes}")
+        raise ValueError(f"{name} is {described(value) if torch.is_tensor(value) else value}; it takes {takes}")
+
+
+def described(x):
+    strides = "" if x.is_contiguous() else f", strides {x.stride()}"
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}{strides}"
 
 
 def require_computable(function, name, x, rank, axes):

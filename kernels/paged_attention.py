@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import kernel_layout, on_hopper, require, require_computable, strides
+from kernels.launch import cdiv, kernel_layout, next_power_of_2, on_hopper, require, require_computable, strides
 from kernels.primitives import (
     LOG2_E,
     LOWEST,
@@ -320,10 +320,10 @@ def choose_splits(units, rows, max_keys, tiles, multiprocessors):
     """
     if units > COUNTERS:
         return 1, 1
-    wanted = triton.cdiv(multiprocessors * tiles.programs * 16, units * max(16, rows))
-    fill = min(wanted, max(MANY_SPLITS, multiprocessors // units), triton.cdiv(max_keys, SHORTEST))
+    wanted = cdiv(multiprocessors * tiles.programs * 16, units * max(16, rows))
+    fill = min(wanted, max(MANY_SPLITS, multiprocessors // units), cdiv(max_keys, SHORTEST))
     shortest = max(SHORTEST, min(1024 // wanted, 4 * SHORTEST))
-    return max(fill, triton.cdiv(max_keys, LONGEST), 1), triton.cdiv(shortest, tiles.block_n)
+    return max(fill, cdiv(max_keys, LONGEST), 1), cdiv(shortest, tiles.block_n)
 
 
 @cache
@@ -351,7 +351,7 @@ def launch(kernel, grid, tiles, inputs, **arguments):
     q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale = inputs
     _, page_size, H_kv, D = k_pages.shape
     group = q.shape[1] // H_kv
-    block_m = max(tiles.block_m, triton.next_power_of_2(group))
+    block_m = max(tiles.block_m, next_power_of_2(group))
     check_alignment(k_pages, v_pages)
     kernel[grid](
         q_ptr=q,
@@ -395,7 +395,7 @@ def decode(tiles, inputs, max_seq_len):
         o_ptr=o,
         m_ptr=q.new_empty(parts, dtype=torch.float32),
         l_ptr=q.new_empty(parts, dtype=torch.float32),
-        acc_ptr=q.new_empty(*parts, triton.next_power_of_2(D), dtype=torch.float32),
+        acc_ptr=q.new_empty(*parts, next_power_of_2(D), dtype=torch.float32),
         arrived_ptr=counters(q.device),
         shortest=shortest,
     )
@@ -407,7 +407,7 @@ def prefill(tiles, inputs):
     q, k_pages, _, page_table = inputs[:4]
     (N, H, D), H_kv, num_seqs = q.shape, k_pages.shape[2], page_table.shape[0]
     group = H // H_kv
-    block_q = max(tiles.block_m, triton.next_power_of_2(group)) // group
+    block_q = max(tiles.block_m, next_power_of_2(group)) // group
     o = q.new_empty(N, H, D)
     launch(_prefill_kernel, (N // block_q + num_seqs, H_kv), tiles, inputs, o_ptr=o, num_seqs=num_seqs)
     return o
@@ -470,11 +470,11 @@ def write_pages(k, v, k_pages, v_pages, slot_mapping):
     check("write_pages", "k", k, k_pages, v_pages)
     H_kv, like_k = k_pages.shape[2], (v.shape, v.dtype, v.device) == (k.shape, k.dtype, k.device)
     require(k.shape[1] == H_kv, "write_pages: k.shape", tuple(k.shape), f"the {H_kv} heads of k_pages")
-    require(like_k, "write_pages: v", described(v), f"what k is, {described(k)}")
+    require(like_k, "write_pages: v", v, f"shape, dtype and device of k, {tuple(k.shape)}")
     fits = slot_mapping.shape == k.shape[:1] and slot_mapping.device == k.device and slot_mapping.is_contiguous()
     takes = f"({k.shape[0]},) int64 or int32 side by side on {k.device}"
     fits = fits and slot_mapping.dtype in (torch.int64, torch.int32)
-    require(fits, "write_pages: slot_mapping", described(slot_mapping), takes)
+    require(fits, "write_pages: slot_mapping", slot_mapping, takes)
     _write(k, v, k_pages, v_pages, slot_mapping)
 
 
@@ -505,9 +505,9 @@ def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, windo
     shapes = ((num_seqs, *page_table.shape[1:2]), (num_seqs,), (num_seqs + 1,))
     for name, x, shape in zip(("page_table", "seq_lens", "cu_seqlens"), (page_table, seq_lens, cu_seqlens), shapes):
         fits = x.shape == shape and x.stride(-1) == 1 and x.dtype == torch.int32 and x.device == q.device
-        takes(fits, name, described(x), f"{shape} int32 side by side on {q.device}")
+        takes(fits, name, x, f"{shape} int32 side by side on {q.device}")
     fits = page_table.dim() == 2 and page_table.numel() > 0 and num_seqs < 2**16
-    takes(fits, "page_table", described(page_table), "(num_seqs, max_pages), 65535 sequences at most, none 0")
+    takes(fits, "page_table", page_table, "(num_seqs, max_pages), 65535 sequences at most, none 0")
     most = MAX_ROWS[padded(D)]
     takes(H % H_kv == 0 and H <= most * H_kv, "q.shape[1]", H, f"a multiple of k_pages' {H_kv} heads, {most} times at most")
     takes(isinstance(window, int) and window >= 0, "window", window, "a whole number from 0 on, 0 for no limit")
@@ -517,10 +517,6 @@ def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, windo
     takes(fits, "q.shape[0]", N, f"at most one token for each of {num_seqs} sequences")
     takes(max_seq_len >= 0, "max_seq_len", max_seq_len, "a whole number from 0 on")
     return _paged(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale, max_query_len, max_seq_len)
-
-
-def described(x):
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def check(function, name, x, k_pages, v_pages):
@@ -534,4 +530,4 @@ def check(function, name, x, k_pages, v_pages):
         require(fits, f"{function}: {pages_name}.shape", tuple(pages.shape), takes)
         fits = pages.dtype == x.dtype and pages.device == x.device and pages.is_contiguous()
         takes = f"contiguous {x.dtype} on {x.device}, as {name}"
-        require(fits, f"{function}: {pages_name}", f"{described(pages)}, strides {pages.stride()}", takes)
+        require(fits, f"{function}: {pages_name}", pages, takes)
