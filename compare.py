@@ -9,10 +9,15 @@ into --out: table.json, table.md, curves.png, curves.svg, and in runs/ what was 
 table can be made again without the run folders.
 
 Runs of one variant with different seeds become one row with a mean, and a band in the plot. A difference between two
-variants counts only outside its 95% band, by Student's t from the spread of the seeds, pooled over all variants that
-have several. Two seeds of one variant say little about noise, so the band is 13 standard errors then; two seeds each
-of three variants make it 3. Losses and speeds are compared only between runs on the same data, to the end, with the
-same evaluation set; --force shows others, too, and says what is wrong with them.
+variants counts only outside its 95% band, by Student's t from the spread of the seeds (`seed_noise`), pooled over all
+variants that have several. Without a second seed of any variant nothing is known about noise, and no difference counts.
+
+The standard error beside a final loss is over the sequences of the evaluation set. All runs share these, so it is no
+band for differences.
+
+Losses and speeds are compared only between runs on the same data, to the end, with the same evaluation set; --force
+shows others, too, and says what is wrong with them. A time is tokens by the run's median speed: compiling, which takes
+longer in the first of several runs, and evaluations are not in it.
 """
 
 import itertools
@@ -21,10 +26,11 @@ import math
 import shlex
 import statistics
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 from typing import Annotated
 
-from benchmarks.runs import ATTENTION, by_variant, distinct, load, objections, read_json
+from benchmarks.runs import by_variant, distinct, load, objections, read_json
 from config import UserError, parse, run
 
 
@@ -37,6 +43,10 @@ class CompareConfig:
     )
     readme: Annotated[str, "file to put the table into, between its two marks; empty: none"] = ""
     force: Annotated[bool, "compare what cannot be compared, too"] = False
+
+    def __post_init__(self):
+        if not 0 <= self.target_loss < math.inf:
+            raise ValueError(f"target_loss takes a number of 0 or more, got {self.target_loss}")
 
 
 def main(argv):
@@ -56,10 +66,13 @@ def main(argv):
     print(section(results))
     out = Path(config.out)
     write(out, results, runs)
-    plot(variants, results, out / "curves")
     if config.readme:
         put_into(Path(config.readme), section(results))
-    print(f"\n{out}: table.json, table.md, curves.png, curves.svg, runs/")
+    try:
+        plot(variants, results, out / "curves")
+        print(f"\n{out}: table.json, table.md, curves.png, curves.svg, runs/")
+    except ImportError as error:
+        print(f"\n{out}: table.json, table.md, runs/; no plot ({error}; pip install matplotlib)")
 
 
 # The comparison.
@@ -76,9 +89,10 @@ def compare(variants, target_loss, decode):
         "target_loss": target_loss,
         "verdicts": verdicts(rows),
         "devices": sorted({found.facts["device"] for found in runs}),
-        "dtypes": sorted({found.facts.get("dtype", "") for found in runs}),
+        "dtypes": sorted({found.facts["dtype"] for found in runs}),
         "versions": first.get("versions", {}),
         "git_commits": sorted({found.facts.get("git_commit", "") for found in runs}),
+        "decode": {key: decode[key] for key in ("shape", "tokens", "device")} if decode else None,
         "data": first["data"].get("source"),
         "tokens": sorted({found.rows[-1]["tokens"] for found in runs}),
         "eval_tokens": first["train"]["eval_tokens"],
@@ -89,7 +103,9 @@ def row_of(label, group, target_loss, decode):
     """The row of a variant; what differs by run is a mean over its seeds."""
     facts = group[0].facts
     finals = [found.last_evaluation() for found in group]
-    reached = [reach(found, target_loss) for found in group]
+    reached = [tokens_until(found, target_loss) for found in group]
+    speeds = [found.speed for found in group]
+    noise, freedom = seed_noise(group)
     return {
         "variant": label,
         "seeds": len(group),
@@ -97,27 +113,45 @@ def row_of(label, group, target_loss, decode):
         "params": facts["params"],
         "final_loss": statistics.fmean(row["val/loss"] for row in finals),
         "final_stderr": statistics.fmean(row.get("val/stderr", math.nan) for row in finals),
-        "seed_deviation": statistics.stdev(row["val/loss"] for row in finals) if len(group) > 1 else None,
+        "seed_deviation": math.sqrt(noise) if freedom else None,
+        "seed_freedom": freedom,
         "best_loss": statistics.fmean(min(found.column("val/loss")) for found in group),
-        "tokens_per_s": mean_of(statistics.median, group, "tokens_per_s"),
+        "tokens_per_s": statistics.fmean(speeds),
         "mfu": mean_of(statistics.median, group, "mfu"),
         "peak_mem_gib": mean_of(max, group, "peak_mem_gib"),
         "flops_per_token": facts["flops_per_token"],
         "kv_bytes_per_token": facts["kv_bytes_per_token"],
         "kv_bytes_needed": facts["kv_bytes_per_token"] * share_of_context(facts["model"]),
-        "target_time_s": statistics.fmean(t["time_s"] for t in reached) if all(reached) else None,
-        "target_tokens": statistics.fmean(t["tokens"] for t in reached) if all(reached) else None,
-        "decode_tokens_per_s": {str(row["batch"]): row["tokens_per_s"] for row in decode if is_of(row, facts)},
+        "target_tokens": statistics.fmean(reached) if all(reached) else None,
+        "target_time_s": statistics.fmean(map(truediv, reached, speeds)) if all(reached) else None,
+        "decode_tokens_per_s": decode_speeds(decode, facts["model"]),
     }
 
 
 def read_decode(path, required):
+    """What bench.py variants wrote, or None."""
     if not Path(path).is_file():
         if required:
             raise UserError(f"no file {path}; python bench.py variants writes it")
-        return []
-    needed = {"attention", "batch", "tokens_per_s"}
-    return [row for row in read_json(Path(path)).get("rows", []) if needed <= row.keys()]
+        return None
+    found = read_json(Path(path))
+    whole = isinstance(found, dict) and {"shape", "tokens", "device", "rows"} <= found.keys()
+    needed = {"attention", "window", "kv_bytes_per_token", "decode_tokens_per_s"}
+    if not whole or not all(needed <= row.keys() for row in found["rows"]):
+        raise UserError(f"{path} holds no decoding speeds; python bench.py variants writes them")
+    return found
+
+
+def decode_speeds(decode, model):
+    """{batch: tokens/s} of the row of bench.py variants with this attention. Its model may be of another size, so what
+    must agree are the share of KV heads (but for MQA, whose name says it all) and that of the context in the window."""
+    kv_share, window_share = model["n_kv_head"] / model["n_head"], model["window"] / model["max_seq_len"]
+    for row in decode["rows"] if decode and model["window_pattern"] == "L" else []:
+        same = row["attention"] == model["attention"] and row["window"] / decode["shape"]["max_seq_len"] == window_share
+        most = max(each["kv_bytes_per_token"] for each in decode["rows"])
+        if same and (row["attention"] == "mqa" or row["kv_bytes_per_token"] / most == kv_share):
+            return {batch: speed for batch, speed in row["decode_tokens_per_s"].items() if speed}
+    return {}
 
 
 def mean_of(middle, group, key):
@@ -132,24 +166,37 @@ def share_of_context(model):
     return statistics.fmean(min(window or length, length) / length for window in windows)
 
 
-def reach(found, loss):
-    """Time and tokens at which the validation loss came down to `loss`, on a straight line between two evaluations."""
+def tokens_until(found, loss):
+    """Tokens until the validation loss came down to `loss`, on a straight line between two evaluations, or None."""
     earlier = None
     for row in found.with_finite("val/loss"):
         if row["val/loss"] <= loss:
             if earlier is None:
-                return row
+                return row["tokens"]
             share = (earlier["val/loss"] - loss) / (earlier["val/loss"] - row["val/loss"])
-            return {key: earlier[key] + share * (row[key] - earlier[key]) for key in ("time_s", "tokens")}
+            return earlier["tokens"] + share * (row["tokens"] - earlier["tokens"])
         earlier = row
     return None
 
 
-def is_of(decode_row, facts):
-    """Whether a decoding speed is of this variant: by its name, or by those numbers that the row has."""
-    numbers = {"window_pattern": "L", **decode_row}
-    agrees = all(numbers[key] == facts["model"][key] for key in ATTENTION if key in numbers)
-    return agrees or decode_row["attention"] == facts["variant"]
+def common_losses(group):
+    """{step: validation losses of all seeds}, at the steps at which each of them was evaluated."""
+    by_step = [{row["step"]: row["val/loss"] for row in found.with_finite("val/loss")} for found in group]
+    return {step: [losses[step] for losses in by_step] for step in by_step[0] if all(step in each for each in by_step)}
+
+
+def seed_noise(group):
+    """(variance of the validation loss between the seeds of a variant, its degrees of freedom, 0 for a single seed).
+
+    The final losses of two seeds say next to nothing about noise: one degree of freedom. Late in training the noise
+    hardly changes, so the mean over all evaluations of the last half says more. But they resemble one another: two of
+    them count as one, and all of them as three.
+    """
+    losses = common_losses(group)
+    late = [losses[step] for step in losses if 2 * step > max(losses)]
+    if len(group) == 1 or not late:
+        return 0.0, 0
+    return statistics.fmean(map(statistics.variance, late)), (len(group) - 1) * min(3, max(1, len(late) // 2))
 
 
 # Student's t: 95% of draws lie within so many standard errors, by degrees of freedom; 2.2 or less above.
@@ -158,25 +205,29 @@ STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8:
 
 def verdicts(rows):
     """One line on each variant against the first, or against MHA where there is one."""
-    base = next((row for row in rows if row["variant"] == "mha"), rows[0])
+    base = next((row for row in rows if row["variant"].split()[0] == "mha"), rows[0])
     others = [row for row in rows if row is not base and math.isfinite(row["final_loss"] - base["final_loss"])]
-    repeated = [row for row in rows if row["seeds"] > 1]
-    freedom = sum(row["seeds"] - 1 for row in repeated)
+    repeated = [row for row in rows if row["seed_freedom"]]
+    freedom = sum(row["seed_freedom"] for row in repeated)
     lines = []
     if freedom and others:
-        spread = math.sqrt(sum((row["seeds"] - 1) * row["seed_deviation"] ** 2 for row in repeated) / freedom)
+        deviation = math.sqrt(sum(row["seed_freedom"] * row["seed_deviation"] ** 2 for row in repeated) / freedom)
         names = ", ".join(f"{row['seeds']} seeds of {row['variant']}" for row in repeated)
-        lines.append(f"Noise: {names} have a standard deviation of {spread:.4f}.")
+        lines.append(
+            f"Noise: {names} have a standard deviation of {deviation:.4f} over the evaluations of the last half; a "
+            f"difference of final losses counts outside the 95% band of Student's t for {freedom} independent ones "
+            f"(they resemble one another, so two count as one, and all those of two seeds as three at most)."
+        )
     elif others:
-        lines.append("Noise: no variant has a second seed, so only the evaluations' own standard errors count.")
+        lines.append("Noise: unknown, so no difference counts; train a variant again with another --seed.")
     for row in others:
-        if freedom:
-            band = STUDENT_95.get(freedom, 2.2) * spread * math.sqrt(1 / row["seeds"] + 1 / base["seeds"])
-        else:
-            band = 2 * math.hypot(row["final_stderr"], base["final_stderr"])
         difference = row["final_loss"] - base["final_loss"]
-        word = "no difference" if abs(difference) <= band else "higher" if difference > 0 else "lower"
-        lines.append(f"{row['variant']} - {base['variant']}: {difference:+.4f}, band ± {band:.4f}: {word}.")
+        line = f"{row['variant']} - {base['variant']}: {difference:+.4f}"
+        if freedom:
+            band = STUDENT_95.get(freedom, 2.2) * deviation * math.sqrt(1 / row["seeds"] + 1 / base["seeds"])
+            word = "no difference" if abs(difference) <= band else "higher" if difference > 0 else "lower"
+            line += f", band ± {band:.4f}: {word}"
+        lines.append(f"{line}.")
     return lines
 
 
@@ -194,6 +245,10 @@ def section(results):
     on = f"Measured on {', '.join(results['devices'])}, {', '.join(results['dtypes'])}, {versions}, commit {commits}; "
     on += f"{tokens} tokens of {results['data']} a run, loss on {count(results['eval_tokens'])} others; `{results['command']}`"
     lines = [*table(results), ""] + [f"- {line}" for line in results["verdicts"]]
+    if any(row["decode_tokens_per_s"] for row in results["rows"]):
+        shape, tokens, device = (results["decode"][key] for key in ("shape", "tokens", "device"))
+        model = f"{shape['n_layer']} layers of {shape['n_embd']:,} channels, sequences of {tokens:,} tokens"
+        lines.append(f"- Decoding speeds are those of `python bench.py variants` on {device}: {model}.")
     lines += [f"- Note: {note}." for note in results["notes"]]
     return "\n".join([*lines, "", on])
 
@@ -201,11 +256,12 @@ def section(results):
 def table(results):
     """The rows as lines of markdown. A column without any value is left out."""
     rows = results["rows"]
-    batch = max((batch for row in rows for batch in row["decode_tokens_per_s"]), key=int, default="")
+    decoding = [row["decode_tokens_per_s"] for row in rows if row["decode_tokens_per_s"]]
+    batch = max(set.intersection(*map(set, decoding)) if decoding else (), key=int, default="")
     columns = {
         "variant": [row["variant"] for row in rows],
         "seeds": [str(row["seeds"]) for row in rows],
-        "their deviation": cells(rows, "seed_deviation", "{:.4f}"),
+        "seed deviation": cells(rows, "seed_deviation", "{:.4f}"),
         "KV heads": [str(row["n_kv_head"]) for row in rows],
         "window": [window_text(row) for row in rows],
         "parameters": [count(row["params"]) for row in rows],
@@ -217,7 +273,7 @@ def table(results):
         "MFLOP/token": [f"{row['flops_per_token'] / 1e6:,.0f}" for row in rows],
         "KV bytes/token": cells(rows, "kv_bytes_per_token", "{:,.0f}"),
         "needed at full context": cells(rows, "kv_bytes_needed", "{:,.0f}"),
-        f"time to {results['target_loss']:.4g}": cells(rows, "target_time_s", "{:,.0f} s"),
+        f"training time to {results['target_loss']:.4g}": cells(rows, "target_time_s", "{:,.0f} s"),
         "tokens to it": [count(row["target_tokens"]) for row in rows],
         f"decode tokens/s, batch {batch}": [
             f"{row['decode_tokens_per_s'][batch]:,.0f}" if batch in row["decode_tokens_per_s"] else "" for row in rows
@@ -258,6 +314,8 @@ def write(out, results, runs):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(found.facts, indent=1), encoding="utf-8")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows), encoding="utf-8")
+    if others := sorted(path.name for path in (out / "runs").iterdir() if path.name not in names):
+        print(f"\n{out / 'runs'} also holds runs that are not in this table: {', '.join(others)}")
 
 
 def put_into(path, text):
@@ -278,20 +336,24 @@ def plot(variants, results, path):
 
     plt.rcParams.update({"svg.hashsalt": "compare.py", "axes.grid": True, "grid.alpha": 0.3})
     figure, ((tokens, time), (cache, decode)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    early = []
-    for (label, group), row in zip(variants.items(), results["rows"], strict=True):
-        colour = f"C{results['rows'].index(row)}"
-        for axis, key, unit in ((tokens, "tokens", 1e6), (time, "time_s", 60)):
-            xs, means, lowest, highest = curve(group, key)
-            axis.plot([x / unit for x in xs], means, label=label, color=colour, marker=".")
-            axis.fill_between([x / unit for x in xs], lowest, highest, color=colour, alpha=0.2)
+    early = []  # losses after a third of the run: what is higher would flatten all that counts
+    for i, ((label, group), row) in enumerate(zip(variants.items(), results["rows"], strict=True)):
+        colour = f"C{i}"
+        losses = common_losses(group)
+        means = [statistics.fmean(each) for each in losses.values()]
         early += means[len(means) // 3 : -1][:1]
+        per_step = group[0].rows[-1]["tokens"] / group[0].rows[-1]["step"]
+        for axis, per_unit in ((tokens, per_step / 1e6), (time, per_step / row["tokens_per_s"] / 60)):
+            xs = [step * per_unit for step in losses]
+            axis.plot(xs, means, label=label, color=colour, marker=".")
+            axis.fill_between(xs, *([middle(each) for each in losses.values()] for middle in (min, max)), color=colour, alpha=0.2)
         finals = [found.last_evaluation()["val/loss"] for found in group]
         cache.plot([row["kv_bytes_needed"]] * len(finals), finals, color=colour, marker="o")
         cache.annotate(f" {label}", (row["kv_bytes_needed"], row["final_loss"]), color=colour)
         speeds = sorted((int(batch), speed) for batch, speed in row["decode_tokens_per_s"].items())
-        decode.plot(*zip(*speeds, strict=True), label=label, color=colour, marker=".") if speeds else None
-    for axis, unit in ((tokens, "million tokens"), (time, "minutes")):
+        if speeds:
+            decode.plot(*zip(*speeds, strict=True), label=label, color=colour, marker=".")
+    for axis, unit in ((tokens, "million tokens"), (time, "minutes of training")):
         axis.set(xlabel=unit, ylabel="validation loss", ylim=(None, max(early, default=None)))
         axis.legend()
     cache.margins(0.2)
@@ -301,15 +363,6 @@ def plot(variants, results, path):
     figure.savefig(path.with_suffix(".png"), dpi=120)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
-
-
-def curve(group, key):
-    """Validation loss over a key, at the steps that all seeds were evaluated at: (xs, means, lowest, highest)."""
-    by_step = [{row["step"]: row for row in found.with_finite("val/loss")} for found in group]
-    common = [step for step in by_step[0] if all(step in rows for rows in by_step)]
-    xs = [statistics.fmean(rows[step][key] for rows in by_step) for step in common]
-    losses = [[rows[step]["val/loss"] for rows in by_step] for step in common]
-    return xs, *([middle(each) for each in losses] for middle in (statistics.fmean, min, max))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def variant(model_config):
 # Settings in which the runs of one experiment may differ: what it compares, the noise, and what moves no loss.
 FREE = {"attention", "n_kv_head", "window", "window_pattern", "seed"}
 FREE |= {"out_dir", "resume", "wandb", "wandb_project", "wandb_group", "log_interval", "save_interval", "keep_checkpoints"}
-FREE |= {"device", "compile", "attention_impl", "micro_batch_size"}
+FREE |= {"device", "compile", "attention_impl", "micro_batch_size", "data"}  # the data count by their content
 
 
 def experiment(facts):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import variants
 from benchmarks.claims_serving import contiguous_caches_waste, gqa_decodes_nearly_as_fast, grouping_shrinks_the_cache
 from benchmarks.claims_training import (
     attention_costs_n2d_and_nd2,
@@ -46,6 +47,9 @@ class Answer:
         return f"no, because {self.because}" if self.because else "holds"
 
 
+DECODING = variants.SIZES["cuda"]._replace(batches=(1, 16, 64))  # 256 sequences of MHA would take 69 GB
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is measured, in tokens unless said otherwise."""
@@ -59,9 +63,7 @@ class Sizes:
     heads: int = 12
     max_seq_len: int = 1024
     vocab_size: int = 50304
-    decode_batch: int = 64  # sequences
-    decode_prompt: int = 3072
-    decode_new: int = 256
+    decoding: variants.Sizes = DECODING
     requests: int = 256
     at_once: int = 64  # requests
 
@@ -76,9 +78,7 @@ TINY = Sizes(
     heads=8,
     max_seq_len=64,
     vocab_size=256,
-    decode_batch=2,
-    decode_prompt=8,
-    decode_new=8,
+    decoding=variants.SIZES["cpu"]._replace(tokens=64, batches=(1, 2), steps=4),
     requests=8,
     at_once=4,
 )
@@ -98,11 +98,10 @@ def bench_claims(config):
         )
     name = "claims" if device.type == "cuda" else f"claims-{device.type}"
     folder = Path(config.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(answers, folder / f"{name}.png")
     keys = ("claim", "formula", "measured", "verdict", "data")
     rows = [{key: getattr(answer, key) for key in keys} for answer in answers]
     write_results(folder / f"{name}.json", device, dtype, rows=rows)
+    draw(answers, folder / f"{name}.png")
 
 
 def draw(answers, path):

@@ -1,18 +1,19 @@
 """Claims about decoding: the size of the cache, the speed of grouped heads, the memory that pages save."""
 
 import gc
+import itertools
 import random
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections import deque
 
 import torch
 
-from benchmarks.plots import bars
+from benchmarks.engine import random_model
+from benchmarks.plots import bars, lines
+from benchmarks.variants import PAGE_SIZE, PARTS, decode_speed
 from engine import Engine, Request
 from model import GPT, ModelConfig
-
-PAGE_SIZE = 16
 
 
 def make_model(sizes, device, dtype, **keys):
@@ -35,7 +36,7 @@ def grouping_shrinks_the_cache(sizes, device, dtype, rounds):
     texts = [f"{name} {measured[name]:,.0f} bytes a token ({ratios[name]:.4f})" for name in measured]
     return {
         "claim": "MQA and GQA shrink the KV cache to n_kv_head / n_head",
-        "formula": "2 n_layer n_kv_head head_dim bytes a token; "
+        "formula": "2 n_layer n_kv_head head_dim values a token; "
         + ", ".join(f"{name}: {share:.4f} of mha" for name, share in expected.items()),
         "measured": ", ".join(texts),
         "because": f"{wrong[0]} takes {ratios[wrong[0]]:.4f}" if wrong else "",
@@ -45,48 +46,43 @@ def grouping_shrinks_the_cache(sizes, device, dtype, rounds):
 
 
 def engine_bytes(model, num_pages, device):
-    """Memory that an engine adds to its model's."""
+    """Memory that an engine adds to its model's: by the allocator, or without a GPU's that of its pages."""
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     engine = Engine(model, num_pages, page_size=PAGE_SIZE)
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) - before
-    return sum(tensors_in(engine, {id(model)}).values())
-
-
-def tensors_in(thing, seen):
-    """{storage: bytes} of all tensors that can be reached from an object."""
-    if id(thing) in seen:
-        return {}
-    seen.add(id(thing))
-    if isinstance(thing, torch.Tensor):
-        storage = thing.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()}
-    inside = list(thing.values()) if isinstance(thing, dict) else list(thing) if isinstance(thing, list | tuple) else []
-    found = {}
-    for part in [*inside, *getattr(thing, "__dict__", {}).values()]:
-        found |= tensors_in(part, seen)
-    return found
+    return sum(pages.untyped_storage().nbytes() for pages in engine.runner.k + engine.runner.v)
 
 
 def gqa_decodes_nearly_as_fast(sizes, device, dtype, rounds):
-    """Many long sequences at once, where reading the cache counts most. Nearly: at least 80% of MQA's speed."""
-    speeds, batch, length = {}, sizes.decode_batch, sizes.decode_prompt + sizes.decode_new
+    """From one sequence, where reading the weights counts most, to many, where reading the cache does. Whole steps of
+    the engine, so the host's work is in them.
+
+    Nearly: at least 80% of MQA's speed at every number of sequences.
+    """
+    size, speeds = sizes.decoding, {}
     for attention in ("mha", "gqa", "mqa"):
-        model = make_model(sizes, device, dtype, attention=attention, max_seq_len=length, pos="rope")
-        engine = Engine(model, batch * (length // PAGE_SIZE + 2), page_size=PAGE_SIZE)
-        lengths = [(sizes.decode_prompt, sizes.decode_new)] * batch
-        for seed in (1, 2):  # the first time warms up
-            speeds[attention] = decode_speed(engine, random_requests(lengths, seed))
-    ratio = speeds["gqa"] / speeds["mqa"]
+        model = random_model({**size.shape, **PARTS, "attention": attention}, device, dtype)
+        engine = Engine(model, max(size.batches) * (size.tokens // PAGE_SIZE + 1), PAGE_SIZE, 8192)
+        for batch in size.batches:  # the first turn compiles and captures
+            turns = [decode_speed(engine, size, batch, seed) for seed in range(1 + min(rounds, 3))][1:]
+            speeds.setdefault(attention, {})[batch] = statistics.median(turns)
+    shares = {batch: speeds["gqa"][batch] / speeds["mqa"][batch] for batch in size.batches}
+    worst = min(shares, key=shares.get)
+    because = ""
+    if shares[worst] < 0.8:
+        because = f"it decodes {worst} sequences at {shares[worst]:.0%} of MQA's speed: reading the cache outweighs the weights"
+    series = {name: list(points.items()) for name, points in speeds.items()}
+    texts = [f"{', '.join(f'{name} {speeds[name][batch]:,.0f}' for name in speeds)} at batch {batch}" for batch in size.batches]
     return {
         "claim": "GQA decodes nearly as fast as MQA",
-        "formula": "a decoded token reads all weights once a step and the sequence's K and V: n_kv_head / n_head of MHA's",
-        "measured": f"{batch} sequences of {sizes.decode_prompt} tokens: "
-        + f"{', '.join(f'{name} {speed:,.0f}' for name, speed in speeds.items())} tokens/s: GQA at {ratio:.0%} of MQA",
-        "because": f"it decodes at {ratio:.0%} of MQA's speed" if ratio < 0.8 else "",
-        "data": {"tokens_per_s": speeds},
-        "draw": lambda axis: bars(axis, speeds, "decoded tokens/s"),
+        "formula": "a step reads all weights once, and 2 n_layer n_kv_head head_dim values a token of each sequence",
+        "measured": f"tokens/s with {size.tokens} tokens a sequence: {'; '.join(texts)}. GQA at "
+        f"{', '.join(f'{share:.0%}' for share in shares.values())} of MQA",
+        "because": because,
+        "data": {"tokens_per_s": speeds, "shape": size.shape, "tokens": size.tokens},
+        "draw": lambda axis: lines(axis, series, "sequences at once", "decoded tokens/s"),
     }
 
 
@@ -96,56 +92,44 @@ def random_requests(lengths, seed):
     return [Request([draw.randrange(256) for _ in range(prompt)], new) for prompt, new in lengths]
 
 
-def decode_speed(engine, requests):
-    """Tokens a second, from the step in which the last sequence has its first token to the end of the first one."""
-    sequences = [engine.add(request) for request in requests]
-    started = set()
-    while len(started) < len(sequences):
-        started |= {id(sequence) for sequence, new in engine.step() if new}
-    start, tokens = time.perf_counter(), 0
-    while not any(sequence.finished for sequence in sequences):
-        tokens += sum(len(new) for _, new in engine.step())
-    seconds = time.perf_counter() - start
-    while engine.has_work():
-        engine.step()
-    return tokens / seconds
-
-
 def contiguous_caches_waste(sizes, device, dtype, rounds):
     """The same engine, once admitting as many sequences as contiguous caches of max_seq_len tokens would fit.
 
-    Waste is what is reserved and holds no token. Holds when it lies in 60 to 80% on both mixes of lengths, that of
-    pages under 4%, and pages run more sequences and generate more tokens a second in the same memory.
+    Waste is what is reserved and holds no token, over all steps. Holds when it lies in 60 to 80% on both mixes of
+    lengths, that of pages under 4%, and pages run more sequences and generate more tokens a second in the same memory.
     """
-    model, waste = make_model(sizes, device, dtype), {}
+    waste, shallow = {}, make_model(sizes, device, dtype, n_layer=1)  # depth changes no share
     for name, lengths in mixes(sizes).items():
-        waste[name] = wasted(model, random_requests(lengths, seed=3), sizes.at_once)
+        waste[name] = wasted(shallow, random_requests(lengths, seed=3), sizes.at_once)
     slots = sizes.at_once // 2
-    engine = Engine(model, slots * sizes.max_seq_len // PAGE_SIZE, page_size=PAGE_SIZE)
+    engine = Engine(make_model(sizes, device, dtype), slots * sizes.max_seq_len // PAGE_SIZE, page_size=PAGE_SIZE)
     lengths = mixes(sizes)["chat"]
-    serve(engine, random_requests(lengths, seed=4), len(lengths))  # warms up
-    contiguous = serve(engine, random_requests(lengths, seed=5), slots)
-    paged = serve(engine, random_requests(lengths, seed=6), len(lengths))
-    batches, speeds = (contiguous.batch, paged.batch), (contiguous.speed, paged.speed)
+    seeds = itertools.count()  # new prompts every time: none is found in the cache
+    served = {at_once: [] for at_once in (slots, len(lengths))}
+    for _ in range(1 + min(rounds, 3)):  # the first turn warms up
+        for at_once, turns in served.items():
+            turns.append(serve(engine, random_requests(lengths, next(seeds)), at_once))
+    (slow, few), (fast, many) = ([statistics.median(column) for column in zip(*turns[1:])] for turns in served.values())
     mixed = [waste[name][0] for name in ("chat", "uniform")]
     because = []
     if not all(0.6 <= share <= 0.8 for share in mixed):
         because.append(
-            f"the waste is 1 - mean length / max_seq_len and so the workload's: {mixed[0]:.0%} and {mixed[1]:.0%}"
+            f"contiguous waste is 1 - mean length / max_seq_len, so the workload decides: {mixed[0]:.0%} and {mixed[1]:.0%}"
         )
     if max(pages for _, pages in waste.values()) >= 0.04:
         worst = max(waste, key=lambda name: waste[name][1])
         because.append(f"pages waste half a page a sequence, {waste[worst][1]:.1%} on {worst}")
-    if batches[1] <= batches[0] or speeds[1] <= speeds[0]:
+    if many <= few or fast <= slow:
         because.append("pages were not faster")
     texts = [f"{name}: contiguous {a:.0%}, pages {b:.1%}" for name, (a, b) in waste.items()]
     return {
         "claim": "Contiguous caches waste 60-80% on mixed lengths, pages under 4%; pages allow larger batches and throughput",
-        "formula": f"waste = 1 - cached / reserved; reserved is max_seq_len = {sizes.max_seq_len} a sequence, or its pages of {PAGE_SIZE}",
-        "measured": f"wasted, {'; '.join(texts)}. In the memory of {slots} full sequences: {batches[0]:.0f} and {batches[1]:.0f} "
-        f"sequences at once, {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s",
+        "formula": f"waste = 1 - cached / reserved; reserved is max_seq_len = {sizes.max_seq_len} tokens a sequence, or its "
+        f"pages of {PAGE_SIZE}",
+        "measured": f"wasted, {'; '.join(texts)}. In the memory of {slots} full sequences: {few:.0f} and {many:.0f} "
+        f"sequences at once, {slow:,.0f} and {fast:,.0f} tokens/s",
         "because": "; ".join(because),
-        "data": {"waste": waste, "sequences_at_once": batches, "tokens_per_s": speeds},
+        "data": {"waste": waste, "sequences_at_once": (few, many), "tokens_per_s": (slow, fast)},
         "draw": lambda axis: draw_waste(axis, waste),
     }
 
@@ -164,51 +148,24 @@ def mixes(sizes):
 
 def wasted(model, requests, at_once):
     """(contiguous, pages): shares of the reserved memory that hold no token, with room for everybody."""
-    length = model.config.max_seq_len
-    engine = Engine(model, at_once * (length // PAGE_SIZE + 1), page_size=PAGE_SIZE)
-    served = serve(engine, requests, at_once)
-    reserved = [running * length for running in served.running]
-    pages = 1 - max(served.cached) / (engine.stats.peak_pages * PAGE_SIZE)
-    return 1 - sum(served.cached) / sum(reserved), pages
-
-
-@dataclass
-class Served:
-    seconds: float = 0.0
-    tokens: int = 0
-    running: list = field(default_factory=list)  # sequences with a token, after each step
-    cached: list = field(default_factory=list)  # tokens of theirs in the cache then
-
-    @property
-    def speed(self):
-        return self.tokens / self.seconds
-
-    @property
-    def batch(self):
-        return statistics.fmean(self.running)
+    engine = Engine(model, at_once * (model.config.max_seq_len // PAGE_SIZE + 1), page_size=PAGE_SIZE)
+    serve(engine, requests, at_once)
+    return engine.stats.unused_share_of_reserving, engine.stats.unused_share
 
 
 def serve(engine, requests, at_once):
-    """Run all requests, never more than `at_once` of them in the engine."""
-    served, waiting, lengths, inside = Served(), list(reversed(requests)), {}, 0
+    """Run all requests, never more than `at_once` of them in the engine: (tokens/s, mean tokens a step)."""
+    waiting, inside, drawn = deque(requests), 0, []
     start = time.perf_counter()
-    while waiting or engine.has_work():
+    while waiting or inside:
         while waiting and inside < at_once:
-            engine.add(waiting.pop())
+            engine.add(waiting.popleft())
             inside += 1
         news = engine.step()
-        for sequence, new in news:
-            lengths[sequence] = lengths.get(sequence, len(sequence.request.prompt) - 1) + len(
-                new
-            )  # the last is not cached
-            served.tokens += len(new)
-        served.running.append(len(lengths))
-        served.cached.append(sum(lengths.values()))
-        for sequence in [sequence for sequence in lengths if sequence.finished]:
-            del lengths[sequence]
-            inside -= 1
-    served.seconds = time.perf_counter() - start
-    return served
+        drawn.append(len(news))  # one token of each sequence
+        inside -= sum(bool(sequence.finished) for sequence, _ in news)
+    seconds = time.perf_counter() - start
+    return sum(drawn) / seconds, statistics.fmean(drawn)
 
 
 def draw_waste(axis, waste):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Run:
 
     @property
     def name(self):
-        return Path(self.facts["train"]["out_dir"]).name
+        return Path(self.facts["train"]["out_dir"]).name.strip(".") or self.facts["run_id"]
 
     def column(self, key):
         """The finite values of a metric."""
@@ -33,6 +34,21 @@ class Run:
     def last_evaluation(self):
         return [row for row in self.rows if "val/loss" in row][-1]
 
+    @property
+    def speed(self):
+        """Median tokens/s."""
+        return statistics.median(self.column("tokens_per_s"))
+
+
+# What compare.py looks at in config.json.
+NEEDED = {
+    **dict.fromkeys(("run_id", "variant", "device", "dtype", "train.out_dir", "model.window_pattern"), str),
+    **dict.fromkeys(("params", "flops_per_token", "kv_bytes_per_token"), int | float),
+    **dict.fromkeys(("train.seed", "train.max_steps", "train.eval_tokens"), int),
+    **dict.fromkeys(("model.n_layer", "model.n_head", "model.n_kv_head", "model.window", "model.max_seq_len"), int),
+    "data": dict,
+}
+
 
 def load(path):
     folder = Path(path)
@@ -40,22 +56,13 @@ def load(path):
         raise UserError(f"{path} is no folder; compare.py takes the out_dir of runs")
     if (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file():
         facts, rows = read_json(folder / "config.json"), read_rows(folder / "metrics.jsonl")
-    elif any(folder.glob("*.wandb")) or any(folder.glob("*/*.wandb")):
-        facts, rows = read_wandb(folder)
+    elif mirrors := {file.resolve() for pattern in ("*.wandb", "*/*.wandb") for file in folder.glob(pattern)}:
+        if len(mirrors) > 1:
+            raise UserError(f"{path} holds {len(mirrors)} runs of wandb's; give its offline-run-* folders one by one")
+        facts, rows = read_wandb(mirrors.pop().parent)
     else:
         raise UserError(f"{path} is no run: it holds neither config.json and metrics.jsonl nor a file of wandb's")
-    needed = {
-        "run_id",
-        "variant",
-        "model",
-        "train",
-        "data",
-        "params",
-        "flops_per_token",
-        "kv_bytes_per_token",
-        "device",
-    }
-    missing = sorted(needed - set(facts))
+    missing = [key for key, kind in NEEDED.items() if not isinstance(value_at(facts, key), kind)]
     if missing:
         raise UserError(f"the settings in {path} lack {', '.join(missing)}: another program or version wrote them")
     if not all(is_row(row) for row in rows):
@@ -63,7 +70,15 @@ def load(path):
     found = Run(str(path), facts, rows)
     if not found.column("val/loss"):
         raise UserError(f"{path} has no validation loss yet; train until its first evaluation or leave it out")
+    if not found.column("tokens_per_s"):
+        raise UserError(f"{path} has no tokens_per_s; leave it out")
     return found
+
+
+def value_at(facts, key):
+    for part in key.split("."):
+        facts = facts.get(part) if isinstance(facts, dict) else None
+    return facts
 
 
 def read_json(path):
@@ -98,7 +113,7 @@ def read_wandb(folder):
     records = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
     if summary.returncode or records.returncode:
         why = (summary.stderr or records.stderr).strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"wandb cannot read {folder} ({why[0]}); give the run folder above it, or pip install wandb")
+        raise UserError(f"wandb cannot read {folder} ({why[0]}); give the run's out_dir, or pip install wandb")
     items = [json.loads(line) for line in records.stdout.splitlines()]
     rows = [numbers(item["history"]["item"]) for item in items if item["type"] == "history"]
     return json.loads(summary.stdout).get("config", {}), rows
@@ -152,7 +167,7 @@ def data_differences(runs):
 def data_of(facts):
     found = {"eval_tokens": facts["train"]["eval_tokens"], "max_seq_len": facts["model"]["max_seq_len"]}
     for split, words in (("train", "the training split"), ("val", "the validation split")):
-        shards = facts["data"].get("splits", {}).get(split, {}).get("shards", [])
+        shards = value_at(facts, f"data.splits.{split}.shards") or []
         tokens = sum(shard["tokens"] for shard in shards)
         digests = "".join(shard["sha256"][:8] for shard in shards)
         found[words] = f"{tokens:,} tokens of {facts['data'].get('source')} ({digests or 'unknown'})"
@@ -179,7 +194,7 @@ NO_PART_OF_LABEL |= {"log_interval", "eval_interval", "save_interval", "keep_che
 
 def by_variant(runs):
     """{label: runs that differ in the seed alone}. A setting that differs besides attention becomes part of the label."""
-    settings = [{**found.facts["model"], **found.facts["train"]} for found in runs]
+    settings = [{**found.facts["model"], **found.facts["train"], "dtype": found.facts["dtype"]} for found in runs]
     keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key not in ATTENTION | NO_PART_OF_LABEL]
     differing = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
     groups = {}

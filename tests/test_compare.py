@@ -4,14 +4,16 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import shutil
+import sys
 
 import pytest
 from test_runlog import log_of
 from util import repository, script
 
 import compare
-from benchmarks.runs import ATTENTION, load
+from benchmarks.runs import ATTENTION, Run, load
 from config import UserError, parse
 from model import ModelConfig
 from runlog import variant
@@ -49,6 +51,18 @@ def write_run(folder, losses=LOSSES, seed=1, text="text", eval_tokens=512, speed
     (folder / "config.json").write_text(json.dumps(facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+DECODE = {  # as bench.py variants writes it, of another shape
+    "shape": {"n_layer": 16, "n_head": 8, "n_embd": 2048, "max_seq_len": 2048},
+    "tokens": 2048,
+    "device": "a GPU",
+    "rows": [
+        {"attention": "mha", "window": 0, "kv_bytes_per_token": 80, "decode_tokens_per_s": {"1": 10.0, "8": 20.0, "64": None}},
+        {"attention": "mqa", "window": 0, "kv_bytes_per_token": 10, "decode_tokens_per_s": {"1": 11.0, "8": 40.0, "64": 80.0}},
+        {"attention": "swa", "window": 512, "kv_bytes_per_token": 80, "decode_tokens_per_s": {"1": 12.0, "8": 30.0, "64": 60.0}},
+    ],
+}
 
 
 def shifted(by):
@@ -93,27 +107,22 @@ def test_table_files_and_plots(tmp_path, run_compare):
         write_run(tmp_path / "out" / "mqa", losses=shifted(0.2), attention="mqa"),
         write_run(tmp_path / "out" / "hybrid", losses=shifted(0.01), attention="swa", window_pattern="LLLG"),
     ]
-    speeds = [
-        {"attention": "mha", "batch": 1, "tokens_per_s": 10.0},
-        {"attention": "mqa", "batch": 8, "tokens_per_s": 20.0},
-    ]
-    (tmp_path / "decode.json").write_text(
-        json.dumps({"rows": [*speeds, {"attention": "swa", "batch": 8, "tokens_per_s": 5.0}]})
-    )
+    (tmp_path / "decode.json").write_text(json.dumps(DECODE))
     printed, results = run_compare(*paths, "--target_loss=2.75", f"--decode={tmp_path / 'decode.json'}")
     mha, mqa, hybrid = results["rows"]
     assert (mha["seeds"], mha["tokens_per_s"], mha["peak_mem_gib"]) == (2, 1500.0, 1.0)
     assert mha["final_loss"] == pytest.approx(2.26) and mha["seed_deviation"] == pytest.approx(0.02 / math.sqrt(2))
     assert mha["target_tokens"] == pytest.approx((2500 + 2540) / 2), "on the line between evaluations"
-    assert mha["target_time_s"] == pytest.approx((50 + 50.8) / 2)
-    assert mha["decode_tokens_per_s"] == {"1": 10.0} and hybrid["decode_tokens_per_s"] == {}
+    assert mha["target_time_s"] == pytest.approx((2.5 + 1.27) / 2), "at the median speed"
+    assert mha["decode_tokens_per_s"] == {"1": 10.0, "8": 20.0} and hybrid["decode_tokens_per_s"] == {}
+    assert mqa["decode_tokens_per_s"] == {"1": 11.0, "8": 40.0, "64": 80.0}
     assert (mqa["n_kv_head"], mqa["kv_bytes_per_token"], mqa["kv_bytes_needed"]) == (1, 1024, 1024)
     assert hybrid["kv_bytes_needed"] == 4096 * (3 * 16 / 64 + 1) / 4
     assert "| mha | 2 | 0.0141 | 4 | none | 1.2M |" in printed
     assert "| mqa | 1 |  | 1 | none | 1.2M | 2.4500 ± 0.0300 | 2.4500 | 1,000 | 1.0 GiB | 7 |" in printed
     assert (
         "| swa-w16-LLLG | 1 |  | 4 | 16, LLLG |" in printed
-        and "decode tokens/s, batch 8" in printed
+        and "decode tokens/s, batch 8" in printed  # the largest that all of them could do
         and "MFU" not in printed
     )
     written = {path.name for path in (tmp_path / "results").iterdir()}
@@ -127,23 +136,64 @@ def test_table_files_and_plots(tmp_path, run_compare):
 
 
 def test_a_difference_inside_the_band_is_none(tmp_path, run_compare):
+    """Two evaluations lie in the last half: one degree of freedom."""
     differences = {"mqa": 0.3, "gqa": 0.2, "swa": -0.3}
     paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", losses=shifted(0.02), seed=2)]
     paths += [write_run(tmp_path / name, losses=shifted(by), attention=name) for name, by in differences.items()]
     _, results = run_compare(*paths)
     band = 12.71 * 0.02 / math.sqrt(2) * math.sqrt(1 + 1 / 2)
     noise, mqa, gqa, swa = results["verdicts"]
-    assert noise == "Noise: 2 seeds of mha have a standard deviation of 0.0141."
+    assert noise.startswith("Noise: 2 seeds of mha have a standard deviation of 0.0141") and "for 1 independent" in noise
     assert mqa == f"mqa - mha: +0.2900, band ± {band:.4f}: higher."
     assert gqa == f"gqa-1 - mha: +0.1900, band ± {band:.4f}: no difference."
     assert swa.endswith(": lower.")
 
 
-def test_without_a_second_seed_the_evaluations_errors_are_the_band(tmp_path, run_compare):
+def test_without_a_second_seed_no_difference_counts(tmp_path, run_compare):
     _, results = run_compare(
-        write_run(tmp_path / "a"), write_run(tmp_path / "b", losses=shifted(0.08), attention="mqa")
+        write_run(tmp_path / "a"), write_run(tmp_path / "b", losses=shifted(0.8), attention="mqa")
     )
-    assert results["verdicts"][1] == f"mqa - mha: +0.0800, band ± {2 * math.hypot(0.03, 0.03):.4f}: no difference."
+    assert results["verdicts"][0].startswith("Noise: unknown") and results["verdicts"][1] == "mqa - mha: +0.8000."
+
+
+def noisy_runs(draw, seeds, resemblance, shift):
+    """Runs of 16 evaluations whose noise has the standard deviation 1 and goes from one to the next like this."""
+    runs = []
+    for _ in range(seeds):
+        noise = [draw.gauss(0, 1)]
+        for _ in range(15):
+            noise.append(resemblance * noise[-1] + math.sqrt(1 - resemblance**2) * draw.gauss(0, 1))
+        runs.append(Run("", {}, [{"step": i, "val/loss": shift + x} for i, x in enumerate(noise, start=1)]))
+    return runs
+
+
+def share_of_differences(seeds, resemblance, shift, experiments=600):
+    """How often two variants with so many seeds each are said to differ."""
+    draw, found = random.Random(0), 0
+    for _ in range(experiments):
+        rows = []
+        for label, count, by in (("mha", seeds[0], 0), ("mqa", seeds[1], shift)):
+            group = noisy_runs(draw, count, resemblance, by)
+            noise, freedom = compare.seed_noise(group)
+            final = sum(run.rows[-1]["val/loss"] for run in group) / count
+            row = {"variant": label, "seeds": count, "final_loss": final}
+            rows.append({**row, "seed_deviation": math.sqrt(noise), "seed_freedom": freedom})
+        found += "no difference" not in compare.verdicts(rows)[1]
+    return found / experiments
+
+
+@pytest.mark.parametrize("resemblance", [0.5, 0.7, 0.85])
+@pytest.mark.parametrize("seeds", [(2, 1), (2, 2)])
+def test_the_band_is_honest_and_useful(seeds, resemblance):
+    """Few false differences, and most of five standard deviations are found."""
+    assert share_of_differences(seeds, resemblance, shift=0) < 0.07
+    assert share_of_differences(seeds, resemblance, shift=5) > 0.6
+
+
+def test_seeds_of_a_run_cut_short_are_compared_where_both_were_evaluated(tmp_path):
+    group = [load(write_run(tmp_path / "a")), load(write_run(tmp_path / "b", shifted(0.02)[:3], seed=2))]
+    assert list(compare.common_losses(group)) == [10, 20, 30]
+    assert compare.seed_noise(group) == (pytest.approx(0.0002), 1)
 
 
 def test_one_run_alone_and_a_half_written_last_line(tmp_path, run_compare):
@@ -172,11 +222,16 @@ def wrong_cases(folder):
     (broken / "metrics.jsonl").write_text('{"step": 1\n{"step": 2, "tokens": 1, "time_s": 1}\n')
     strange = write_run(folder / "strange")
     (strange / "metrics.jsonl").write_text('{"step": 1, "val/loss": null}\n')
-    older = write_run(folder / "older")
-    (older / "config.json").write_text('{"model": {}}')
+    older, lists = write_run(folder / "older"), write_run(folder / "lists")
+    (older / "config.json").write_text(json.dumps(json.loads((older / "config.json").read_text()) | {"model": {}}))
+    (lists / "config.json").write_text("[1]")
+    (folder / "decode.json").write_text('{"rows": [{"attention": "mha"}]}')
     (folder / "plain").mkdir()
     (folder / "wandb").mkdir()
     (folder / "wandb" / "run-a.wandb").write_bytes(b"")
+    for name in ("a", "b"):
+        (folder / "several" / name).mkdir(parents=True)
+        (folder / "several" / name / "run.wandb").write_bytes(b"")
     return {
         "nothing": ([], "takes run folders"),
         "absent": ([folder / "absent"], "absent is no folder"),
@@ -184,8 +239,12 @@ def wrong_cases(folder):
         "no rows": ([empty], "no validation loss yet"),
         "not JSON": ([broken], "line 1 is not JSON"),
         "not numbers": ([strange], "not numbers by name"),
-        "other version": ([older], "lack data, device, flops_per_token"),
+        "other version": ([older], "lack model.window_pattern, model.n_layer"),
+        "no settings": ([lists], "lists lack run_id, variant"),
+        "target": ([good, "--target_loss=nan"], "target_loss takes a number of 0 or more"),
+        "other decode": ([good, f"--decode={folder / 'decode.json'}"], "decode.json holds no decoding speeds"),
         "wandb without history": ([folder / "wandb"], str(folder / "wandb")),
+        "several wandb runs": ([folder / "several"], "several holds 2 runs of wandb's"),
         "decode": ([good, "--decode=nowhere.json"], "no file nowhere.json"),
         "readme": ([good, f"--readme={folder / 'good' / 'config.json'}"], "no place for the table"),
         "cut short": (
@@ -221,6 +280,36 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, run_compare):
             assert (
                 f"- Note: {str(caught.value).removesuffix('; mend that, leave a run out, or add --force')}." in printed
             ), case
+
+
+def test_decoding_speeds_belong_to_the_attention_and_not_to_the_size(tmp_path):
+    there = {"mha": True, "mqa": True, "swa": True, "gqa": False, "swa with mqa": False, "other window": False, "hybrid": False}
+    flags = {"swa with mqa": {"n_kv_head": 1}, "other window": {"window": 8}, "hybrid": {"window_pattern": "LG"}}
+    for name, found in there.items():
+        attention = name if name not in flags else "swa"
+        model = dataclasses.asdict(ModelConfig(**SHAPE, attention=attention, **flags.get(name, {})))
+        assert bool(compare.decode_speeds(DECODE, model)) == found, name
+    assert compare.decode_speeds(None, model) == {}
+
+
+def test_another_precision_is_another_variant(tmp_path, run_compare):
+    folder = write_run(tmp_path / "b", seed=2)
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"dtype": "bfloat16"}))
+    _, results = run_compare(write_run(tmp_path / "a"), folder)
+    assert [row["variant"] for row in results["rows"]] == ["mha dtype=float32", "mha dtype=bfloat16"]
+
+
+def test_without_matplotlib_the_table_is_there(tmp_path, run_compare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    printed, results = run_compare(write_run(tmp_path / "ä ö"))
+    assert "no plot" in printed and "pip install matplotlib" in printed and results["rows"]
+
+
+def test_runs_of_an_earlier_table_are_named(tmp_path, run_compare):
+    paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", attention="mqa")]
+    assert "not in this table" not in run_compare(*paths)[0]
+    assert "also holds runs that are not in this table: b\n" in run_compare(paths[0])[0]
 
 
 def test_the_program_ends_with_exit_code_2(tmp_path):
