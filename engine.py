@@ -25,6 +25,7 @@ the device. Whoever turns out to have ended has computed one token too many, whi
 import time
 from collections import deque
 from dataclasses import dataclass
+from numbers import Integral
 
 from paging import PageTables, most_pages, page_groups, pages_for
 from runner import Piece, Runner, free_memory, page_bytes
@@ -110,6 +111,10 @@ class Engine:
         for key, value in (sizes | {"max_num_seqs": max_num_seqs}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{key} takes 1 or more, got {value}")
+        if not 0 <= vocab_size <= model.config.vocab_size:
+            raise ValueError(f"vocab_size takes 0 to the model's {model.config.vocab_size}, got {vocab_size}")
+        if max_window < 0:
+            raise ValueError(f"max_window takes 0 or more, got {max_window}")
         if not 0 < memory_fraction <= 1:
             raise ValueError(f"memory_fraction takes a share in (0, 1], got {memory_fraction}")
         self.model, self.decode = model, decode
@@ -154,6 +159,10 @@ class Engine:
         for key, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
             if not getattr(request, key) >= least:  # NaN is not
                 raise ValueError(f"{key} takes {least} or more, got {getattr(request, key)}")
+        for key in ("max_new_tokens", "top_k", "seed"):
+            whole = isinstance(getattr(request, key), Integral)
+            if not whole:
+                raise ValueError(f"{key} takes a whole number, got {getattr(request, key)}")
         if not 0 < request.top_p <= 1:
             raise ValueError(f"top_p takes a probability in (0, 1], got {request.top_p}")
         if not 0 <= request.min_p <= 1:
@@ -162,6 +171,10 @@ class Engine:
             raise ValueError(f"logprobs takes None or 0 to {ALTERNATIVES}, got {request.logprobs}")
         if request.stop_strings and not (self.decode and all(request.stop_strings)):
             raise ValueError("stop_strings takes texts that are not empty, and an Engine that was given decode")
+        kind = type(self.decode(prompt[:1])) if request.stop_strings else str
+        wrong = [stop for stop in request.stop_strings if not isinstance(stop, kind)]
+        if wrong:
+            raise ValueError(f"stop_strings takes {kind.__name__}, as decode gives, got {wrong[0]!r}")
         total = len(prompt) + request.max_new_tokens
         lengths = f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones"
         if config.pos == "learned" and total > config.max_seq_len:
@@ -204,12 +217,11 @@ class Engine:
         pieces, budget, index = [], self.max_tokens_per_step, 0
         while index < len(self.running) and budget:
             sequence = self.running[index]
-            todo = sequence.todo
-            n = self.tables.reserve(sequence, min(todo, budget))
-            if todo and not n:
-                self.preempt_latest()  # perhaps this very sequence: then the loop ends
-                continue
-            if todo:
+            if todo := sequence.todo:
+                n = self.tables.reserve(sequence, min(todo, budget))
+                if not n:
+                    self.preempt_latest()  # perhaps this very sequence: then the loop ends
+                    continue
                 pieces.append(self.advance(sequence, n, draws=n == todo))
                 budget -= n
             index += 1
@@ -226,24 +238,25 @@ class Engine:
         self.count_pages()
         for piece in pieces:
             self.tables.slide(piece.sequence)
-        for i, piece in enumerate(piece for piece in pieces if piece.draws):
-            piece.sequence.drawn_at = i
+        for i, sequence in enumerate(drawing_of(pieces)):
+            sequence.drawn_at = i
         return pieces
 
     def advance(self, sequence, n, draws):
         """The next n tokens of the sequence as a Piece; from now on they count as computed."""
-        start, index = sequence.num_computed, sequence.num_drawn
+        start = sequence.num_computed
         tokens = sequence.tokens[start : start + n]
         if len(tokens) < n:
             tokens.append(-1 - sequence.drawn_at)  # pending
         sequence.num_computed += n
         sequence.pending += draws
-        if n > 1:  # a page that fills token by token is remembered when its last token is read
+        if n > 1 or start % self.tables.page_size == 0:  # else no page has filled since the last time
             self.tables.remember(sequence)
-        return Piece(sequence, start, tokens, draws, index)
+        return Piece(sequence, start, tokens, draws)
 
     def preempt_latest(self):
         sequence = self.running.pop()
+        self.tables.remember(sequence)
         self.tables.release(sequence)
         self.waiting.appendleft(sequence)
         self.stats.preemptions += 1
@@ -254,36 +267,35 @@ class Engine:
         held = self.tables.allocator.num_held
         stats.peak_pages = max(stats.peak_pages, held)
         stats.held_slots += held * page_size
-        for sequence in self.running:
-            stats.unused_slots += (sequence.row.end * page_size - sequence.num_computed) * len(self.tables.groups)
-            stats.tokens += sequence.num_computed
-            stats.reserved_tokens += max(reserved, sequence.num_computed)
+        lengths = [sequence.num_computed for sequence in self.running]
+        slots = page_size * sum(sequence.row.end for sequence in self.running)
+        stats.unused_slots += (slots - sum(lengths)) * len(self.tables.groups)
+        stats.tokens += sum(lengths)
+        stats.reserved_tokens += reserved * len(lengths) + sum(n - reserved for n in lengths if n > reserved)
 
     def postprocess(self, pieces, ids=(), *logprobs):
         """Append the drawn tokens in order and let go of the sequences that have ended."""
         news = []
-        drawing = [piece.sequence for piece in pieces if piece.draws]
-        for i, (sequence, token) in enumerate(zip(drawing, ids)):
+        for i, (sequence, token) in enumerate(zip(drawing_of(pieces), ids)):
             if sequence.finished:
                 continue  # it ended while this step was under way
+            request = sequence.request
             sequence.pending -= 1
-            if token in sequence.request.stop_tokens:
+            if token in request.stop_tokens:
                 news.append((sequence, []))
                 self.finish(sequence, "stop")
                 continue
             sequence.tokens.append(token)
-            if sequence.request.logprobs is not None:
+            if request.logprobs is not None:
                 chosen, best, best_ids = (column[i] for column in logprobs)
-                sequence.logprobs.append((chosen, dict(list(zip(best_ids, best))[: sequence.request.logprobs])))
-            if sequence.request.stop_strings and sequence.ends_in_stop_string(self.decode):
+                sequence.logprobs.append((chosen, dict(list(zip(best_ids, best))[: request.logprobs])))
+            if request.stop_strings and sequence.ends_in_stop_string(self.decode):
                 news.append((sequence, []))
                 self.finish(sequence, "stop")
                 continue
             news.append((sequence, [token]))
-            if sequence.num_generated == sequence.request.max_new_tokens:
+            if len(sequence.tokens) == sequence.longest:
                 self.finish(sequence, "length")
-            elif sequence.row:
-                self.tables.remember(sequence)
         return news
 
     def finish(self, sequence, why):
@@ -293,11 +305,17 @@ class Engine:
         sequence.finished = why
         if sequence.row:
             self.running.remove(sequence)
+            self.tables.remember(sequence)
             self.tables.release(sequence)
         else:
             self.waiting.remove(sequence)
         if self.decode:
             sequence.make_text(self.decode)
+
+
+def drawing_of(pieces):
+    """The sequences of a step that draw a token in it, in the order of the drawn ids."""
+    return [piece.sequence for piece in pieces if piece.draws]
 
 
 def groups_of(config, max_window=0):
@@ -317,7 +335,7 @@ def generate(model, prompts, max_new_tokens, page_size=16, vocab_size=0, stop_to
     num_pages = sum(most_pages(groups, page_size, len(prompt) + max_new_tokens) for prompt in prompts)
     windowed = sum(group.window > 0 for group in groups)  # these hold a step's pieces of prompts beside their windows
     num_pages += windowed * pages_for(min(2048, sum(map(len, prompts))), page_size)
-    engine = Engine(model, num_pages, page_size, vocab_size=vocab_size, graphs=False)
+    engine = Engine(model, max(1, num_pages), page_size, vocab_size=vocab_size, graphs=False)
     sequences = [
         engine.add(Request(prompt, max_new_tokens, seed=seed + i, stop_tokens=stop_tokens, **drawing))
         for i, prompt in enumerate(prompts)

@@ -116,6 +116,7 @@ class Row:
         self.end = end
         self.known = end  # full pages that are remembered, or were found
         self.prefix = prefix  # number of the Prefix of the last of them
+        self.slides_at = 0  # with fewer tokens computed, no page is behind its window
 
 
 class PageTables:
@@ -155,13 +156,15 @@ class PageTables:
     def admit(self, sequence):
         """Give the sequence a row and what is known of its tokens. False when rows or pages do not suffice to compute
         the others, too."""
+        if not self.rows:
+            return False
         found = self.find(sequence.tokens)
         position = len(found) * self.page_size
         first = [group.first_seen(position) // self.page_size for group in self.groups]
         shared = [(g, j, found[j].pages[g]) for g in range(len(first)) for j in range(first[g], len(found))]
         missing = most_pages(self.groups, self.page_size, len(sequence.tokens)) - len(shared)
         left = len(self.allocator.free) - sum(not self.allocator.holders[page] for *_, page in shared)
-        if not self.rows or missing > left:
+        if missing > left:
             return False
         row = Row(self.rows.pop(), first, len(found), found[-1].number if found else 0)
         for group, index, page in shared:
@@ -234,12 +237,16 @@ class PageTables:
     def slide(self, sequence):
         """Give back the pages that neither the next token nor a later one sees. Called once a step is scheduled."""
         row = sequence.row
+        if sequence.num_computed < row.slides_at:
+            return  # as after most tokens that are decoded
+        row.slides_at = math.inf
         for g, group in enumerate(self.groups):
             if group.window:
                 first = group.first_seen(sequence.num_computed) // self.page_size
                 for index in range(row.first[g], first):
                     self.give_back(self.page(row, g, index))
                 row.first[g] = first
+                row.slides_at = min(row.slides_at, (first + 1) * self.page_size + group.window - 1)
 
     def release(self, sequence):
         """Give everything back, the end of the text first: its beginning is likelier to be needed again."""

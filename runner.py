@@ -31,17 +31,17 @@ import torch
 from paging import pages_for
 from sampling import Limits, Style, draw, logprobs, style_of, uniform
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 SHORTEST = 256  # graphs are made for lengths up to this, twice this, four times this, ..
 
 
 class Piece(NamedTuple):
     """A sequence's share of a step: its next tokens, and whether one is drawn behind them."""
 
-    sequence: object  # its .row in the page tables, .request and .seed
+    sequence: object  # its .row in the page tables, .request, .seed and .num_prompt
     start: int  # position of the first token
     tokens: list[int]  # ids, the last one perhaps as -1 - i
     draws: bool
-    index: int  # tokens that the sequence has generated before
 
 
 class Shape(NamedTuple):
@@ -120,6 +120,7 @@ class Runner:
         self.k = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in layers]
         self.v = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in layers]
         self.drawn = torch.zeros(bucket(max_num_seqs), dtype=torch.int32, device=self.device)  # by the step before
+        self.drawing = Drawing([], vocab_size)  # of the step before
         self.draw = torch.compile(draw) if compile else draw
         if compile:
             model.compile_blocks()
@@ -143,11 +144,15 @@ class Runner:
     def pack(self, pieces, tables):
         """The Shape of a step and its block, a tensor on the host."""
         page_size = self.page_size
-        drawing = [piece for piece in pieces if piece.draws]
         counts = np.array([len(piece.tokens) for piece in pieces])
         starts = np.array([piece.start for piece in pieces])
         rows = np.array([piece.sequence.row.index for piece in pieces])
-        shape = self.shape_of(drawing, counts, int((starts + counts).max()), tables)
+        draws = np.array([piece.draws for piece in pieces])
+        seq_lens = starts + counts
+        drawing = [piece.sequence for piece in pieces if piece.draws]
+        if drawing != self.drawing.sequences:
+            self.drawing = Drawing(drawing, self.vocab_size)
+        shape = self.shape_of(counts, int(seq_lens.max()))
 
         # memory of its own for every step: torch does not hand it out again before the copy to the device is over
         host = torch.zeros(sum(map(aligned, sizes_of(shape))), dtype=torch.int32, pin_memory=self.on_cuda)
@@ -158,32 +163,38 @@ class Runner:
         cu_seqlens[1 : len(pieces) + 1] = counts.cumsum()
         block.cu_seqlens[:] = cu_seqlens
         block.positions[:n] = positions = np.arange(n) + np.repeat(starts - cu_seqlens[: len(pieces)], counts)
-        block.seq_lens[: len(pieces)] = starts + counts
+        block.seq_lens[: len(pieces)] = seq_lens
         rows_of_tokens = np.repeat(rows, counts)
-        for table, slots, view in zip(tables, block.slot_mapping, block.page_tables):
+        last_pages = (seq_lens - 1)[:, None] // page_size
+        for group, table, slots, view in zip(self.groups, tables, block.slot_mapping, block.page_tables):
             columns = positions // page_size % table.shape[1]
             slots[:n] = table[rows_of_tokens, columns] * page_size + positions % page_size
             slots[n:] = -1
-            width = min(view.shape[1], table.shape[1])
-            view[: len(pieces), :width] = table[rows, :width]
+            width = view.shape[1]
+            if group.window:  # what this step sees: column j has the last page whose index is j, modulo the width
+                indices = last_pages - (last_pages - np.arange(width)) % width
+                view[: len(pieces)] = table[rows[:, None], indices % table.shape[1]]
+            else:
+                width = min(width, table.shape[1])
+                view[: len(pieces), :width] = table[rows, :width]
         last_rows = cu_seqlens[1 : len(pieces) + 1] - 1
-        block.last_rows[: len(drawing)] = last_rows[[piece.draws for piece in pieces]]
+        block.last_rows[: len(drawing)] = last_rows[draws]
         if shape.style.draws:
-            fill(block.limits, drawing)
+            self.drawing.fill(block.limits, seq_lens[draws])
         return shape, host
 
-    def shape_of(self, drawing, counts, longest, tables):
-        num_tokens, num_seqs, num_draws = int(counts.sum()), len(counts), len(drawing)
+    def shape_of(self, counts, longest):
+        num_tokens, num_seqs, num_draws = int(counts.sum()), len(counts), len(self.drawing.sequences)
         if self.pads:
             longest = max(SHORTEST, 1 << (longest - 1).bit_length())
             if num_tokens == num_seqs == num_draws:
                 num_tokens = num_seqs = num_draws = bucket(num_seqs)
-        widths = tuple(
-            table.shape[1] if group.window else pages_for(longest, self.page_size)
-            for group, table in zip(self.groups, tables)
-        )
-        style = style_of([piece.sequence.request for piece in drawing], self.vocab_size)
-        return Shape(num_tokens, num_seqs, num_draws, widths, int(counts.max()), longest, style)
+        longest_query = int(counts.max())
+        widths = [pages_for(longest, self.page_size)] * len(self.groups)
+        for g, group in enumerate(self.groups):
+            if group.window:  # so many positions, which may begin in the middle of a page
+                widths[g] = pages_for(min(longest, group.window + longest_query), self.page_size) + 1
+        return Shape(num_tokens, num_seqs, num_draws, tuple(widths), longest_query, longest, self.drawing.style)
 
     @torch.inference_mode()
     def compute(self, shape, buffer, lengths):
@@ -221,14 +232,28 @@ class Runner:
         return Graph(graph, buffer, outputs)
 
 
-def fill(limits, drawing):
-    """How each row draws; padding stays at 0, which is greedy."""
-    n, requests = len(drawing), [piece.sequence.request for piece in drawing]
-    limits.temperature[:n] = [r.temperature for r in requests]
-    limits.top_k[:n] = [r.top_k for r in requests]
-    limits.top_p[:n] = [r.top_p for r in requests]
-    limits.min_p[:n] = [r.min_p for r in requests]
-    limits.uniform[:n] = [uniform(piece.sequence.seed, piece.index) for piece in drawing]
+class Drawing:
+    """How the sequences of a step draw. Looked up once for as many steps as the same ones go on."""
+
+    def __init__(self, sequences, vocab_size):
+        self.sequences = sequences
+        requests = [sequence.request for sequence in sequences]
+        self.style = style_of(requests, vocab_size)
+        self.limits = {
+            "temperature": np.array([min(r.temperature, FLOAT32_MAX) for r in requests], dtype=np.float32),
+            "top_k": np.array([min(r.top_k, vocab_size) for r in requests], dtype=np.int32),
+            "top_p": np.array([r.top_p for r in requests], dtype=np.float32),
+            "min_p": np.array([r.min_p for r in requests], dtype=np.float32),
+        }
+        self.seeds = np.array([sequence.seed % 2**64 for sequence in sequences], dtype=np.uint64)
+        self.prompts = np.array([sequence.num_prompt for sequence in sequences], dtype=np.int64)
+
+    def fill(self, limits, seq_lens):
+        """The first rows of a step's Limits; padding stays at 0, which is greedy."""
+        n = len(self.sequences)
+        for name, values in self.limits.items():
+            getattr(limits, name)[:n] = values
+        limits.uniform[:n] = uniform(self.seeds, (seq_lens - self.prompts).astype(np.uint64))
 
 
 class Drawn:

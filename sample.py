@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import checkpoint
 from config import UserError, parse, run
-from data.tokenizer import from_spec
+from data.tokenizer import from_spec, utf8
 from device import pick_device, pick_dtype
 from engine import Engine, groups_of
 from paging import most_pages
@@ -156,7 +156,7 @@ def request(ids, seed, tokenizer, model, config):
         min_p=config.min_p,
         seed=seed,
         stop_tokens=() if tokenizer.eot is None else (tokenizer.eot,),
-        stop_strings=tuple(text.encode() for text in config.stop_strings),
+        stop_strings=tuple(utf8(text) for text in config.stop_strings),
         logprobs=0 if config.logprobs else None,
     )
 

@@ -9,9 +9,9 @@ No value is read by the host, and no shape depends on one. What the host knows a
 chooses the operations: none but argmax when all are greedy, no sorting when nobody has top_k or top_p.
 """
 
-import hashlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 WIDTHS = (64, 1024)  # numbers of logits that top_k and top_p may sort; beyond, and for top_p alone, all of them
@@ -47,10 +47,23 @@ def style_of(requests, vocab_size):
     return Style(any(r.temperature for r in requests), width, any(r.logprobs is not None for r in requests))
 
 
-def uniform(seed, index):
-    """A number in [0, 1): a hash of (seed, index), with 23 bits, so that u * x < x in float32 for every x > 0."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=4).digest()
-    return (int.from_bytes(digest, "big") >> 9) / 2**23
+def uniform(seeds, indices):
+    """Numbers in [0, 1), hashes of (seed, index): uint64 arrays (n,) to float32 (n,). They have 23 bits, so that
+    u * x < x in float32 for every x > 0.
+
+    Number `index` of SplitMix64 (Steele et al. 2014), begun at the hash of the seed, so that neighbouring seeds begin
+    far apart. On the host, for all rows at once: uint64 wraps around, as it is meant to.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    hashes = mixed(mixed(seeds) + (indices + np.uint64(1)) * golden)
+    return (hashes >> np.uint64(41)).astype(np.float32) / np.float32(2**23)
+
+
+def mixed(x):
+    """The output function of SplitMix64: any bit of x changes about half of the bits."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 def draw(logits, limits, style):

@@ -25,6 +25,8 @@ class Sequence:
     def __init__(self, request, seed):
         self.request = request
         self.seed = seed
+        self.num_prompt = len(request.prompt)
+        self.longest = self.num_prompt + request.max_new_tokens  # tokens with which it ends at the latest
         self.tokens = list(request.prompt)  # and what was generated, as far as it is read
         self.logprobs = []  # of each generated token, if asked for: (its log-probability, {id: of the likeliest ones})
         self.pending = 0  # tokens drawn but not read; a third is not scheduled before the first of two is read
@@ -36,23 +38,13 @@ class Sequence:
 
     @property
     def generated(self):
-        return self.tokens[len(self.request.prompt) :]
-
-    @property
-    def num_generated(self):
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def num_drawn(self):
-        """Generated tokens, those pending included."""
-        return self.num_generated + self.pending
+        return self.tokens[self.num_prompt :]
 
     @property
     def todo(self):
         """Tokens to compute next; none once the last one is drawn, which nobody looks at."""
-        if self.num_drawn == self.request.max_new_tokens:
-            return 0
-        return len(self.tokens) + self.pending - self.num_computed
+        num_drawn = len(self.tokens) + self.pending
+        return num_drawn - self.num_computed if num_drawn < self.longest else 0
 
     def ends_in_stop_string(self, decode):
         """Whether the newest token completes a stop string. Decodes no more of the text's end than it must."""
@@ -70,4 +62,4 @@ class Sequence:
         self.text = text[: min(found, default=len(text))]
         while found and self.generated and decode(self.generated[:-1]).startswith(self.text):
             self.tokens.pop()
-        del self.logprobs[self.num_generated :]
+        del self.logprobs[len(self.generated) :]

@@ -413,8 +413,7 @@ def prefill(tiles, inputs):
     return o
 
 
-@torch.library.custom_op("attention::paged", mutates_args=())
-def _paged(
+def attend(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -431,13 +430,15 @@ def _paged(
     return decode(decode_tiles, inputs, max_seq_len) if max_query_len == 1 else prefill(prefill_tiles, inputs)
 
 
+_paged = torch.library.custom_op("attention::paged", attend, mutates_args=())
+
+
 @_paged.register_fake
 def _(q, *_):
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("attention::write_pages", mutates_args=("k_pages", "v_pages"))
-def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+def write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
     k, v = (kernel_layout(x[None]) for x in (k, v))
     check_alignment(k_pages, v_pages)
     _write_kernel[(slot_mapping.shape[0],)](
@@ -451,6 +452,9 @@ def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping:
         HEAD_DIM=k.shape[3],
         ROW=k.shape[2] * k.shape[3],
     )
+
+
+_write = torch.library.custom_op("attention::write_pages", write, mutates_args=("k_pages", "v_pages"))
 
 
 @_write.register_fake
@@ -475,7 +479,8 @@ def write_pages(k, v, k_pages, v_pages, slot_mapping):
     takes = f"({k.shape[0]},) int64 or int32 side by side on {k.device}"
     fits = fits and slot_mapping.dtype in (torch.int64, torch.int32)
     require(fits, "write_pages: slot_mapping", slot_mapping, takes)
-    _write(k, v, k_pages, v_pages, slot_mapping)
+    # the ops are for torch.compile: where nothing is compiled they only cost the host time, as much as all else here
+    (_write if torch.compiler.is_compiling() else write)(k, v, k_pages, v_pages, slot_mapping)
 
 
 def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window=0, scale=None, *, max_query_len, max_seq_len):
@@ -516,7 +521,8 @@ def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, windo
     fits = max_query_len > 1 or N <= num_seqs
     takes(fits, "q.shape[0]", N, f"at most one token for each of {num_seqs} sequences")
     takes(max_seq_len >= 0, "max_seq_len", max_seq_len, "a whole number from 0 on")
-    return _paged(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale, max_query_len, max_seq_len)
+    compute = _paged if torch.compiler.is_compiling() else attend
+    return compute(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale, max_query_len, max_seq_len)
 
 
 def check(function, name, x, k_pages, v_pages):

@@ -6,6 +6,7 @@ import random
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_paging import check_tables
@@ -192,6 +193,38 @@ def test_generate_continues_all_prompts():
     want = [recompute(model, prompt, 10) for prompt in texts]
     assert generate(model, texts, 10) == want
     assert generate(model, texts, 10, stop_tokens=(want[0][4],))[0] == want[0][: want[0].index(want[0][4])]
+
+
+def test_generate_continues_no_prompts_at_all():
+    assert generate(make(), [], 10) == []
+
+
+def test_what_the_caller_does_with_the_prompt_later_is_no_concern_of_the_sequence():
+    engine, prompt = Engine(counter(), 20, 4), [3, 4]
+    sequence = engine.add(Request(prompt, 9))
+    engine.step()
+    prompt += sequence.generated  # as in a conversation
+    while engine.has_work():
+        engine.step()
+    assert sequence.generated == count([3, 4], 9)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("why", ["length", "stop", "cancelled"])
+def test_a_conversation_finds_all_full_pages_of_its_last_turn(overlap, why):
+    """The last of them too, which the last token that was computed filled."""
+    engine = Engine(counter(), 20, 4, overlap=overlap)
+    whole = count([3] * 6, 7)
+    first = engine.add(Request([3] * 6, 7 if why == "length" else 30, stop_tokens=whole[-1:] if why == "stop" else ()))
+    while not first.finished and len(first.generated) < 7:
+        engine.step()
+    engine.finish(first, "cancelled")
+    assert first.finished == why
+    second = engine.add(Request([3] * 6 + whole[:6] + [9], 3))
+    while engine.has_work():
+        engine.step()
+    assert engine.stats.found_tokens == 12
+    assert second.generated == count([3] * 6 + whole[:6] + [9], 3)
 
 
 def test_max_window_is_a_window_on_every_layer():
@@ -609,7 +642,17 @@ def test_the_number_of_a_draw_is_that_of_its_seed_and_place():
     for overlap in (False, True):
         engine = Engine(model, 20, overlap=overlap)
         sequence = finish_all(engine, [Request([3, 4], 40, temperature=1.0, seed=7)])[0]
-        assert sequence.generated == [int(uniform(7, index) * 50) for index in range(40)]
+        numbers = uniform(np.full(40, 7, dtype=np.uint64), np.arange(40, dtype=np.uint64))
+        assert sequence.generated == (numbers * np.float32(50)).astype(int).tolist()
+
+
+@pytest.mark.parametrize("style", [{"top_k": 2**31}, {"top_k": 2**70, "top_p": 1e-300}, {"temperature": 1e300}])
+@pytest.mark.filterwarnings("error")
+def test_numbers_too_large_for_the_device_are_as_good_as_the_largest(style):
+    model, (prompt,) = make(), prompts(10)
+    largest = {"top_k": 61} if "top_k" in style else {"temperature": 1e38}
+    want = generate(model, [prompt], 12, **{"temperature": 1.0, **style, **largest})
+    assert generate(model, [prompt], 12, **{"temperature": 1.0, **style}) == want
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn():
@@ -632,7 +675,10 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
         ({"max_new_tokens": 32}, "2 prompt tokens and 32 new ones need 9 pages of 4; num_pages is 8"),
         ({"temperature": -0.5}, "temperature takes 0 .* got -0.5"),
         ({"temperature": math.nan}, "temperature takes 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens takes a whole number, got 2.5"),
         ({"top_k": -1}, "top_k takes 0"),
+        ({"top_k": 2.5}, "top_k takes a whole number, got 2.5"),
+        ({"seed": 0.5}, "seed takes a whole number, got 0.5"),
         ({"top_p": 0.0}, "top_p takes a probability"),
         ({"top_p": 1.1}, "top_p takes a probability"),
         ({"min_p": 1.1}, r"min_p takes a share in \[0, 1\], got 1.1"),
@@ -651,6 +697,25 @@ def test_a_bad_request_is_refused_alone(keys, message):
     while engine.has_work():
         engine.step()
     assert good.generated == count([1, 2], 31)
+
+
+def test_a_stop_string_of_the_wrong_kind_is_refused_before_it_stops_the_others():
+    engine = Engine(counter(), 8, 4, decode=lambda ids: letters(ids).encode())
+    with pytest.raises(ValueError, match="stop_strings takes bytes, as decode gives, got 'x'"):
+        engine.add(Request([1, 2], 5, stop_strings=(b"y", "x")))
+
+
+@pytest.mark.parametrize(
+    "keys, message", [({"vocab_size": 51}, "0 to the model's 50, got 51"), ({"vocab_size": -1}, "got -1")]
+)
+def test_a_vocabulary_that_the_model_lacks_is_refused(keys, message):
+    with pytest.raises(ValueError, match=f"vocab_size takes .*{message}"):
+        Engine(counter(), 8, **keys)
+
+
+def test_a_window_below_zero_is_refused():
+    with pytest.raises(ValueError, match="max_window takes 0 or more, got -1"):
+        Engine(counter(), 8, max_window=-1)
 
 
 def test_a_request_that_fits_exactly_is_served_whatever_the_window():

@@ -71,6 +71,18 @@ def test_padding_rows_change_nothing(variant, overlap):
     assert {shape.max_seq_len for shape in shapes} == {256}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_windowed_step_hands_over_only_the_pages_that_it_sees(overlap):
+    """However long a step may be, and wherever in the ring of the table the window lies."""
+    model, (prompt,) = make(**VARIANTS["swa"], **POSITIONS["rope"]), prompts(40)
+    engine = Engine(model, 60, PAGE, 400, overlap=overlap)
+    shapes, pack = [], engine.runner.pack
+    engine.runner.pack = lambda *args: shapes.append(pack(*args)) or shapes[-1]
+    assert texts_of(engine, [Request(prompt, 30)]) == [recompute(model, prompt, 30)]
+    assert {shape.widths for shape, _ in shapes if shape.max_query_len == 1} == {(2,)}
+    assert shapes[0][0].widths == (6,) and engine.tables.tables[0].shape[1] > 50
+
+
 @pytest.mark.parametrize("variant, num_pages", [("gqa", 200), ("gqa", 14), ("swa", 6), ("hybrid", 300), ("hybrid", 20)])
 def test_replaying_into_the_same_buffers_changes_nothing(variant, num_pages):
     """As graphs do: inputs and outputs of a shape stay where they are, while two steps are under way."""
@@ -102,7 +114,7 @@ def test_replaying_into_the_same_buffers_changes_nothing(variant, num_pages):
     assert len(replays) > 10 and (engine.stats.preemptions > 0) == (num_pages < 200)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "hybrid"])
+@pytest.mark.parametrize("variant", ["gqa", "swa", "hybrid"])
 def test_triton_attention_writes_the_same_text(variant):
     """With padding rows, NaN in what is unused, and two steps under way."""
     model = make(**VARIANTS[variant], **POSITIONS["rope"], n_embd=64)

@@ -108,6 +108,13 @@ def test_a_stop_text_ends_a_sample_and_is_left_out(run):
     assert out == "abcab" + whole[:12] + "\n"  # its beginning alone stops nothing and is not lost
 
 
+def test_a_stop_text_that_no_text_can_hold_stops_nothing(run):
+    """A lone half of a character, as a command line or JSON may hold one."""
+    whole = run("chars", "--temperature=0", "--max_new_tokens=9").out
+    for stop in ('["\\ud800"]', "\udcff"):
+        assert run("chars", "--temperature=0", "--max_new_tokens=9", f"--stop={stop}").out == whole
+
+
 def test_the_end_of_text_ends_a_sample_and_is_left_out(run, monkeypatch):
     ids = generate(make(BYTES), [[104, 105]], 20, vocab_size=BYTES.vocab_size)[0]
     monkeypatch.setattr(ByteTokenizer, "eot", ids[7])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,7 +66,7 @@ def test_rows_of_a_batch_keep_their_own_limits():
 @pytest.mark.parametrize("vocab", [511, 512, 513, 3000])
 def test_a_large_vocabulary_is_searched_to_its_ends(vocab):
     logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(0)) * 3
-    numbers = [uniform(0, i) for i in range(64)]
+    numbers = numbers_of([0], range(64))[0].tolist()
     numbers[:2] = 0.0, 1 - 2**-23
     requests = [Request([0], 1, temperature=1.0)] * 64
     got = drawn(logits, requests, numbers)
@@ -126,13 +127,20 @@ def test_the_highest_uniform_never_reaches_the_total():
 
 
 def test_uniform_numbers_are_uniform_and_differ_by_seed_and_index():
-    numbers = torch.tensor([[uniform(seed, index) for index in range(200)] for seed in range(-100, 100)])
+    numbers = numbers_of(range(-100, 100), range(200))
     assert numbers.min() >= 0 and numbers.max() < 1 and (numbers.double() * 2**23 % 1 == 0).all()
     counts = torch.histc(numbers, bins=64, min=0, max=1)
     expected = numbers.numel() / 64
     assert ((counts - expected) ** 2 / expected).sum() < 103.4  # chi-square, 63 degrees of freedom: 0.1%
     assert abs(torch.corrcoef(numbers[:, :2].T)[0, 1]) < 0.25 and abs(torch.corrcoef(numbers[:2])[0, 1]) < 0.25
-    assert uniform(1, 23) != uniform(12, 3)
+    assert numbers.unique().numel() > 0.99 * numbers.numel()
+
+
+def numbers_of(seeds, indices):
+    """(number of seeds, number of indices)"""
+    indices = np.array(indices, dtype=np.uint64)
+    seeds = [np.full(len(indices), seed % 2**64, dtype=np.uint64) for seed in seeds]
+    return torch.from_numpy(np.stack([uniform(row, indices) for row in seeds]))
 
 
 def test_log_probabilities_are_those_of_the_model():
