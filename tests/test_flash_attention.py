@@ -5,13 +5,11 @@ with NaN, so an element that no program writes is seen.
 """
 
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
-from util import environment, repository
+from util import script
 
 from kernels import reference
 from kernels.flash_attention import _backward, _forward, flash_attention
@@ -233,43 +231,10 @@ def test_wrong_arguments_are_named(argument, change):
         flash_attention(**{n: x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x for n, x in arguments.items()})
 
 
-AHEAD_OF_TIME = """
-import sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from kernels import flash_attention as fa
-
-class Device:
-    def get_current_target(self): return GPUTarget("cuda", capability, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-class Compile:
-    def __init__(self, kernel): self.kernel = kernel
-    def __getitem__(self, grid):
-        def compile(**arguments):
-            compiled = self.kernel.warmup(grid=grid, **arguments)
-            assert compiled.asm["cubin"] and compiled.metadata.shared <= shared, (self.kernel, compiled.metadata.shared)
-        return compile
-
-capability, shared = (90, 227 << 10) if sys.argv[1] == "hopper" else (80, 99 << 10)
-driver.set_active(Device())
-fa.on_hopper = lambda x: capability == 90
-for kernel in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel"):
-    setattr(fa, kernel, Compile(getattr(fa, kernel)))
-for D, window, dtype in ((64, 0, torch.bfloat16), (80, 0, torch.bfloat16), (128, 100, torch.float16), (32, 0, torch.float32)):
-    q, k, v = torch.zeros(1, 128, 8, D, dtype=dtype).split([4, 2, 2], dim=2)
-    o, lse = fa._forward._init_fn(q, k, v, window, 1.0)
-    fa._backward._init_fn(o, q, k, v, o, lse, window, 1.0)
-"""
-
-
 @pytest.mark.parametrize("architecture", ["ampere", "hopper"])
 def test_compiles_ahead_of_time(architecture, tmp_path):
-    plain = {k: v for k, v in environment().items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", AHEAD_OF_TIME, architecture]
-    result = subprocess.run(command, cwd=repository, env=plain, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script("tests/ahead_of_time.py", "flash", architecture, env=env, timeout=300)
 
 
 @gpu

@@ -5,12 +5,10 @@ that holds no visible token are filled with NaN, page ids are shuffled.
 """
 
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
-from util import environment, repository
+from util import script
 
 from kernels import paged_attention as kernels
 from kernels import paged_sdpa, reference
@@ -336,54 +334,10 @@ def test_wrong_arguments_of_write_pages_are_named(argument, change):
     assert str(error.value).startswith(f"write_pages: {argument} is ") and "; it takes " in str(error.value)
 
 
-AHEAD_OF_TIME = """
-import sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from kernels import paged_attention as pa
-
-class Device:
-    def get_current_target(self): return GPUTarget("cuda", capability, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-class Compile:
-    def __init__(self, kernel): self.kernel = kernel
-    def __getitem__(self, grid):
-        def compile(**arguments):
-            compiled = self.kernel.warmup(grid=grid, **arguments)
-            assert compiled.asm["cubin"] and compiled.metadata.shared <= shared, (self.kernel, compiled.metadata.shared)
-        return compile
-
-capability, shared = (90, 227 << 10) if sys.argv[1] == "hopper" else (80, 99 << 10)
-driver.set_active(Device())
-pa.on_hopper = lambda x: capability == 90
-for kernel in ("_write_kernel", "_decode_kernel", "_prefill_kernel"):
-    setattr(pa, kernel, Compile(getattr(pa, kernel)))
-for H, H_kv, D, page_size, window, dtype in (
-    (12, 12, 64, 64, 0, torch.bfloat16),
-    (6, 2, 80, 16, 100, torch.float16),
-    (32, 1, 128, 64, 0, torch.bfloat16),
-    (2, 2, 16, 16, 0, torch.float32),
-    (2, 2, 32, 16, 0, torch.float32),
-):
-    q, k, v = torch.zeros(5, H + 2 * H_kv, D, dtype=dtype).split([H, H_kv, H_kv], dim=1)
-    pages = torch.zeros(2, 3, page_size, H_kv, D, dtype=dtype)
-    integers = torch.zeros(5, 3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
-    pa._write._init_fn(k, v, *pages, torch.zeros(5, dtype=torch.int64))
-    for max_query_len in (1, 2):
-        pa._paged._init_fn(q, *pages, *integers, window, 1.0, max_query_len, 4096)
-"""
-
-
 @pytest.mark.parametrize("architecture", ["ampere", "hopper"])
 def test_compiles_ahead_of_time(architecture, tmp_path):
-    plain = {k: v for k, v in environment().items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", AHEAD_OF_TIME, architecture]
-    result = subprocess.run(
-        command, cwd=repository, env=plain, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script("tests/ahead_of_time.py", "paged", architecture, env=env, timeout=300)
 
 
 @gpu
