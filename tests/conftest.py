@@ -33,3 +33,11 @@ def r50k(monkeypatch):
         return load("r50k_base")
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised memory holds NaN, so that an element that no program writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -9,24 +9,13 @@ import random
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
-from util import script
+from util import DEVICE, gpu, script
 
 from kernels import reference
 from kernels.flash_attention import _backward, _forward, flash_attention
 from kernels.launch import kernel_layout
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")(test))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def inputs(B, T_q, T_k, H, H_kv, D, dtype=torch.float32, layout="fused", seed=0):

@@ -8,24 +8,13 @@ import random
 
 import pytest
 import torch
-from util import script
+from util import DEVICE, gpu, script
 
 from kernels import paged_attention as kernels
 from kernels import paged_sdpa, reference
 from kernels.paged_attention import _paged, _write, choose_splits, paged_attention, write_pages
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")(test))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def problem(seq_lens, counts, H, H_kv, D, page_size=16, window=0, dtype=torch.float32, seed=0, ring=False):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_engine import PAGE, POSITIONS, VARIANTS, check_engine, finish_all, make, prompts, recompute
+from util import gpu
 
 from engine import Engine, Request
 from runner import Block, Graph, Shape, aligned, bucket, page_bytes, sizes_of
@@ -166,8 +167,7 @@ def on_gpu(variant, **keys):
     return make(**VARIANTS[variant], **POSITIONS["rope"], n_embd=64, **keys).cuda()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("overlap, graphs, compile", [(1, 1, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1)])
 def test_on_a_gpu_graphs_and_overlap_change_no_token(variant, overlap, graphs, compile):
@@ -180,8 +180,7 @@ def test_on_a_gpu_graphs_and_overlap_change_no_token(variant, overlap, graphs, c
         assert (engine.stats.preemptions > 0) == (num_pages == 40)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_on_a_gpu_greedy_text_is_that_of_recomputing_everything(variant):
     model, texts = on_gpu(variant), prompts(1, 15, 16, 40)

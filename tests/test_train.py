@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from util import environment, metrics, repository, script
+from util import environment, gpu, metrics, repository, script
 
 from config import UserError
 from data.loader import TokenData
@@ -243,8 +243,7 @@ def test_wandb_online_without_a_key_is_one_line(corpus, tmp_path):
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@gpu
 def test_a_gpt2_learns_with_our_kernels_as_with_the_float32_reference(tmp_path):
     """200 steps: the kernels move the loss curve less than a changed order of the data and initial weights does."""
     script("-m", "data.prepare", "files", f"--input={Path(torch.__file__).parent}", "--glob=*.py", "--tokenizer=byte",

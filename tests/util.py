@@ -1,4 +1,4 @@
-"""What several test files share: running the programs as a user does, and a small corpus."""
+"""What several test files share: running the programs as a user does, and where kernels run."""
 
 import json
 import os
@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, kernels run in Triton's interpreter
 repository = Path(__file__).parent.parent
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")(test))
 
 
 def script(*argv, check=True, timeout=120, env=None, cwd=repository):
