@@ -1,6 +1,5 @@
 """A training step of GPT-2 124M, compiled, with our attention kernels and with each of torch's, for each attention type."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -22,14 +21,11 @@ def bench_train(config):
     for attention in ("mha", "mqa", "gqa", "swa"):
         shape = ModelConfig(vocab_size=50304, max_seq_len=T, bias=False, attention=attention)
         tokens = torch.randint(shape.vocab_size, (MICRO_BATCH, T + 1), device=device)
-        steps, losses, first_s = {}, {}, {}
+        steps, losses = {}, {}
         for peer in peers:
             step = make_step(shape, peer, tokens)
-            start = time.perf_counter()
             try:
-                losses[peer] = [step().item()]
-                first_s[peer] = time.perf_counter() - start  # nearly all of it compiling, unless the caches are warm
-                losses[peer] += [step().item() for _ in range(2)]
+                losses[peer] = [step().item() for _ in range(3)]
             except RuntimeError as error:  # how torch says that a backend cannot do this shape
                 print(f"{attention}, {peer}: left out ({str(error).splitlines()[0]})", flush=True)
             else:
@@ -38,7 +34,7 @@ def bench_train(config):
         flops = GPT(shape).flops_per_token(T)
         for peer, ms in median_ms(steps, config.rounds).items():
             speed = MICRO_BATCH * T / ms * 1000
-            row = {"attention": attention, "peer": peer, "step_ms": ms, "tokens_per_s": speed, "first_step_s": first_s[peer]}
+            row = {"attention": attention, "peer": peer, "step_ms": ms, "tokens_per_s": speed}
             row["mfu"] = speed * flops / peak if (peak := peak_flops(device)) else None
             rows.append(row)
             print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()), flush=True)
