@@ -8,6 +8,7 @@ Training passes the dense kernel (`dense_attention`), decoding passes the paged 
 import math
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -246,12 +247,15 @@ class GPT(nn.Module):
             x = block(x, rope, attend)
         return self.norm(x)
 
-    def compile_blocks(self):
-        """Fuse what lies before and after attention, for decoding. Neither half knows its layer or its window, so one
-        compilation of each serves all Blocks."""
+    def compile_parts(self):
+        """Fuse what lies before, between and after attention, for decoding. No half of a Block knows its layer or its
+        window, so one compilation of each serves all Blocks. Tuning matters to the products of a single row, which are
+        bound by bandwidth: Inductor then makes kernels for them."""
+        compiled = partial(torch.compile, dynamic=True, options={"coordinate_descent_tuning": True})
         for block in self.blocks:
             for half in ("before", "after"):
-                setattr(block, half, torch.compile(getattr(Block, half).__get__(block), dynamic=True))
+                setattr(block, half, compiled(getattr(Block, half).__get__(block)))
+        self.logits = compiled(GPT.logits.__get__(self))
 
     def logits(self, x):
         """(..., n_embd) hidden states to (..., vocab_size) unnormalised log-probabilities."""

@@ -15,6 +15,7 @@ runs in IEEE arithmetic without tensor cores, so it is for checking, not for spe
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,12 @@ from torch import Tensor
 from kernels.launch import cdiv, kernel_layout, next_power_of_2, on_hopper, require, require_computable, strides
 from kernels.primitives import (
     LOG2_E,
-    LOWEST,
     add_dot,
     cut_by_mask,
     dot,
     load_tile,
     of_batch,
+    softmax_start,
     softmax_step,
     store_tile,
     tile_of_program,
@@ -39,7 +40,7 @@ from kernels.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["T_q", "T_k", "heads_together"])
+@triton.jit(do_not_specialize=["T_q", "T_k"])
 def _forward_kernel(
     q_ptr,  # (B, T_q, H, D)
     k_ptr,  # (B, T_k, H_kv, D)
@@ -54,7 +55,6 @@ def _forward_kernel(
     T_q,
     T_k,
     scale,
-    heads_together,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -64,9 +64,8 @@ def _forward_kernel(
 ):
     """One program makes BLOCK_M rows of one head's output."""
     ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"  # no descriptor for a single tile
-    num_tiles = tl.cdiv(T_q, BLOCK_M)
-    tile, head = tile_of_program(num_tiles, heads_together)
-    start_m = (num_tiles - 1 - tile) * BLOCK_M  # the rows that see most keys start first
+    tile, head = tile_of_program()
+    start_m = (tl.num_programs(1) - 1 - tile) * BLOCK_M  # the rows that see most keys start first
     batch, head, kv_head = tl.cast(head // H, tl.int64), head % H, head % H // GROUP
     k_tiles = tile_source(of_batch(k_ptr, batch, k_strides), H // GROUP, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
     v_tiles = tile_source(of_batch(v_ptr, batch, v_strides), H // GROUP, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
@@ -76,9 +75,7 @@ def _forward_kernel(
     q_pos = offs_m + (T_k - T_q)
     q_first = start_m + (T_k - T_q)
     q_last = tl.minimum(q_first + BLOCK_M, T_k) - 1
-    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)
+    m_i, l_i, acc = softmax_start(BLOCK_M, HEAD_DIM)
 
     first = 0
     if WINDOW > 0:
@@ -92,6 +89,7 @@ def _forward_kernel(
             scores = tl.where(visible(q_pos[:, None], k_pos[None, :], WINDOW), scores, float("-inf"))
         m_i, l_i, acc = softmax_step(scores, v, m_i, l_i, acc, scale * LOG2_E)
 
+    l_i = tl.sum(l_i, 1)
     lse = m_i + tl.log2(l_i)
     lse += (l_i * tl.exp2(m_i - lse) - 1) * LOG2_E  # one step of Newton: the hardware's log2 is 10 roundings off
     tl.store(lse_ptr + (batch * H + head) * T_q + offs_m, lse, mask=offs_m < T_q)
@@ -99,7 +97,7 @@ def _forward_kernel(
     store_tile(of_batch(o_ptr, batch, o_strides), o, head, start_m, T_q, o_strides, BLOCK_M, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["T_q", "T_k", "heads_together"])
+@triton.jit(do_not_specialize=["T_q", "T_k"])
 def _dq_kernel(
     q_ptr,  # (B, T_q, H, D)
     k_ptr,  # (B, T_k, H_kv, D)
@@ -118,7 +116,6 @@ def _dq_kernel(
     T_q,
     T_k,
     scale,
-    heads_together,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -128,9 +125,8 @@ def _dq_kernel(
 ):
     """One program makes BLOCK_M rows of one head's dq, and their delta for the kernel that comes next."""
     ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"  # no descriptor for a single tile
-    num_tiles = tl.cdiv(T_q, BLOCK_M)
-    tile, head = tile_of_program(num_tiles, heads_together)
-    start_m = (num_tiles - 1 - tile) * BLOCK_M
+    tile, head = tile_of_program()
+    start_m = (tl.num_programs(1) - 1 - tile) * BLOCK_M
     batch, head, kv_head = tl.cast(head // H, tl.int64), head % H, head % H // GROUP
     k_tiles = tile_source(of_batch(k_ptr, batch, k_strides), H // GROUP, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
     v_tiles = tile_source(of_batch(v_ptr, batch, v_strides), H // GROUP, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
@@ -167,7 +163,7 @@ def _dq_kernel(
     store_tile(of_batch(dq_ptr, batch, dq_strides), dq * scale, head, start_m, T_q, dq_strides, BLOCK_M, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["T_q", "T_k", "heads_together"])
+@triton.jit(do_not_specialize=["T_q", "T_k"])
 def _dkdv_kernel(
     q_ptr,  # (B, T_q, H, D)
     k_ptr,  # (B, T_k, H_kv, D)
@@ -185,7 +181,6 @@ def _dkdv_kernel(
     T_q,
     T_k,
     scale,
-    heads_together,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -196,8 +191,7 @@ def _dkdv_kernel(
     """One program makes BLOCK_N rows of one KV head's dk and dv. Scores are transposed, keys by queries, so that p^T
     and ds^T go from the registers of one product straight into the next."""
     ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"
-    num_tiles = tl.cdiv(T_k, BLOCK_N)
-    tile, kv_head = tile_of_program(num_tiles, heads_together)
+    tile, kv_head = tile_of_program()
     start_n = tile * BLOCK_N  # the first keys are seen by most queries
     H_kv = H // GROUP
     batch, kv_head = tl.cast(kv_head // H_kv, tl.int64), kv_head % H_kv
@@ -290,7 +284,17 @@ def heads_in_cache(x, heads):
     return max(1, int(L2_SHARE / (2 * x.shape[1] * x.shape[3] * x.element_size() * heads)))
 
 
-def launch(kernel, tiles, num_programs, heads_together, inputs, **arguments):
+@cache
+def grid_of(num_tiles, heads, together):
+    """A program for each tile of each head, in the order of `tile_of_program`: `together` heads side by side, or the next
+    number below that divides them. The divisions are done here, because a program would wait for its own to end."""
+    most = 65535  # programs along the third axis
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= most]
+    together = max((n for n in divisors if n <= together), default=divisors[0])
+    return together, num_tiles, heads // together
+
+
+def launch(kernel, tiles, grid, inputs, **arguments):
     """Run a kernel: its own arguments, and those that all three share."""
     q, k, v, window, scale = inputs
     T_q, H, D = q.shape[1:]
@@ -298,7 +302,7 @@ def launch(kernel, tiles, num_programs, heads_together, inputs, **arguments):
     whole = T_q % tiles.block_m == 0 and T_k % tiles.block_n == 0 and D == next_power_of_2(D)
     if tiles.tma:  # descriptors live in memory that the kernel asks for; the allocator is the thread's, so set it here
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))
-    kernel[(num_programs,)](
+    kernel[grid](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -309,7 +313,6 @@ def launch(kernel, tiles, num_programs, heads_together, inputs, **arguments):
         T_q=T_q,
         T_k=T_k,
         scale=scale,
-        heads_together=heads_together,
         GROUP=H // H_kv,
         WINDOW=window if window < T_k else 0,
         HEAD_DIM=D,
@@ -337,8 +340,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tupl
     launch(
         _forward_kernel,
         tiles,
-        B * H * cdiv(T_q, tiles.block_m),
-        together,
+        grid_of(cdiv(T_q, tiles.block_m), B * H, together),
         (q, k, v, window, scale),
         o_ptr=o,
         lse_ptr=lse,
@@ -361,8 +363,7 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
     launch(
         _dq_kernel,
         dq_tiles,
-        B * H * cdiv(T_q, dq_tiles.block_m),
-        1,
+        grid_of(cdiv(T_q, dq_tiles.block_m), B * H, 1),
         (q, k, v, window, scale),
         o_ptr=o,
         do_ptr=do,
@@ -378,8 +379,7 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
     launch(
         _dkdv_kernel,
         dkdv_tiles,
-        B * H_kv * num_tiles,
-        together,
+        grid_of(num_tiles, B * H_kv, together),
         (q, k, v, window, scale),
         do_ptr=do,
         dk_ptr=dk,

@@ -35,9 +35,10 @@ from kernels.primitives import (
     LOG2_E,
     LOWEST,
     cut_by_mask,
-    dot_of_halves,
+    dot_in_parts,
     load_rows,
     page_rows,
+    softmax_start,
     softmax_step,
     store_rows,
     visible,
@@ -146,9 +147,7 @@ def _decode_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     q_rows = token.to(tl.int64) * q_strides[0] + (kv_head * GROUP + offs_m).to(tl.int64) * q_strides[1]
     q = load_rows(q_ptr, q_rows, offs_m < GROUP, HEAD_DIM)
-    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_i, l_i, acc = softmax_start(BLOCK_M, HEAD_DIM)
     table_ptr = page_table_ptr + seq.to(tl.int64) * table_stride
     start = first + split * tiles_per_split * BLOCK_N
     for start_n in range(start, tl.minimum(start + tiles_per_split * BLOCK_N, length), BLOCK_N):
@@ -157,9 +156,10 @@ def _decode_kernel(
         seen = visible(length - 1, start_n + tl.arange(0, BLOCK_N), WINDOW)
         k = load_rows(k_ptr + tl.multiple_of(tile, 8), rows, seen, HEAD_DIM)
         v = load_rows(v_ptr + tl.multiple_of(tile, 8), rows, seen, HEAD_DIM)
-        scores = tl.where(seen[None, :], dot_of_halves(q, k), float("-inf"))
+        scores = tl.where(seen[None, :], dot_in_parts(q, k), float("-inf"))
         m_i, l_i, acc = softmax_step(scores, v, m_i, l_i, acc, scale * LOG2_E)
 
+    l_i = tl.sum(l_i, 1)
     H = ROW // HEAD_DIM * GROUP
     o_row = token.to(tl.int64) * H + kv_head * GROUP
     if live == 1:
@@ -237,9 +237,7 @@ def _prefill_kernel(
     q_pos = offs_m + (length - count)
     q_first = start_m + (length - count)
     q_last = tl.minimum(q_first + BLOCK_Q, length) - 1
-    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)
+    m_i, l_i, acc = softmax_start(BLOCK_M, HEAD_DIM)
     table_ptr = page_table_ptr + seq.to(tl.int64) * table_stride
 
     first = 0
@@ -255,11 +253,12 @@ def _prefill_kernel(
         there = (k_pos >= lowest) & (k_pos <= q_last)
         k = load_rows(k_ptr + tl.multiple_of(tile, 8), rows, there, HEAD_DIM)
         v = load_rows(v_ptr + tl.multiple_of(tile, 8), rows, there, HEAD_DIM)
-        scores = dot_of_halves(q, k)
+        scores = dot_in_parts(q, k)
         if cut_by_mask(q_first, q_last, start_n, start_n + BLOCK_N - 1, WINDOW):
             scores = tl.where(visible(q_pos[:, None], k_pos[None, :], WINDOW), scores, float("-inf"))
         m_i, l_i, acc = softmax_step(scores, v, m_i, l_i, acc, scale * LOG2_E)
 
+    l_i = tl.sum(l_i, 1)
     o = acc * (1 / tl.where(l_i > 0, l_i, 1))[:, None]  # the token of an empty sequence sees no key
     H = ROW // HEAD_DIM * GROUP
     store_rows(o_ptr, o, (tokens * H + heads) * HEAD_DIM, inside, HEAD_DIM)

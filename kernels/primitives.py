@@ -1,4 +1,4 @@
-"""Pieces that the attention kernels share, written once: the mask, moving tiles, the softmax step."""
+"""Pieces that the attention kernels share, written once: the mask, moving tiles, the online softmax."""
 
 import triton
 import triton.language as tl
@@ -8,6 +8,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: exp2 is on
 # The row maximum before any key is seen. Masked scores are -inf; a maximum that is finite from the start keeps
 # -inf - maximum from being NaN where a window hides a whole tile from a row.
 LOWEST = tl.constexpr(-1.0e30)
+
+SUM_PARTS = tl.constexpr(8)  # columns that the tensor cores' layout repeats after
 
 
 @triton.jit
@@ -84,15 +86,11 @@ def store_tile(ptr, x, head, start, T, strides, ROWS: tl.constexpr, HEAD_DIM: tl
 
 
 @triton.jit
-def tile_of_program(num_tiles, heads_together):
-    """(tile, head) of this program. Programs start in order of their number: heads_together heads are walked side by
-    side, all of them at tile 0, then tile 1, .., so that the longest rows start first while the keys and values of
-    those heads still fit into the L2 cache."""
-    pid = tl.program_id(0)
-    group_size = heads_together * num_tiles
-    first_head = pid // group_size * heads_together
-    heads = tl.minimum(heads_together, tl.num_programs(0) // num_tiles - first_head)
-    return pid % group_size // heads, first_head + pid % group_size % heads
+def tile_of_program():
+    """(tile, head) of this program. Programs start in the order of their numbers, the first axis first: some heads are
+    walked side by side, all of them at tile 0, then tile 1, .., and then the next ones. So the longest rows start first
+    while the keys and values of those heads still fit into the L2 cache."""
+    return tl.program_id(1), tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
 
 
 @triton.jit
@@ -102,13 +100,13 @@ def dot(a, b):
 
 
 @triton.jit
-def dot_of_halves(q, k):
-    """q @ k^T for (M, D) and (N, D). In float32 as the sum of two products over half of D each: a chain of D roundings is
-    off by more than the sums that libraries take for a single query."""
+def dot_in_parts(q, k):
+    """q @ k^T for (M, D) and (N, D). In float32 as the sum of products over 16 numbers: a chain of D roundings is off by more
+    than the sums that libraries take for a single query."""
     if q.dtype == tl.float32 and q.shape[1] >= 32:  # a product adds up 16 numbers at least
         q_even, q_odd = tl.split(q.reshape(q.shape[0], q.shape[1] // 2, 2))
         k_even, k_odd = tl.split(k.reshape(k.shape[0], k.shape[1] // 2, 2))
-        return dot(q_even, tl.trans(k_even)) + dot(q_odd, tl.trans(k_odd))
+        return dot_in_parts(q_even, k_even) + dot_in_parts(q_odd, k_odd)
     else:
         return dot(q, tl.trans(k))
 
@@ -124,15 +122,21 @@ def add_dot(acc, a, b):
 
 
 @triton.jit
-def softmax_step(scores, v, m_i, l_i, acc, qk_scale):
-    """One tile of the online softmax (Milakov and Gimelshein 2018), base 2: qk_scale holds log2(e).
+def softmax_start(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """(m_i, l_i, acc) before any key: the scaled row maximum, parts of the row sum, the unnormalised output."""
+    m_i = tl.full([ROWS], LOWEST, tl.float32)
+    l_i = tl.zeros([ROWS, SUM_PARTS], tl.float32)
+    return m_i, l_i, tl.zeros([ROWS, triton.next_power_of_2(HEAD_DIM)], tl.float32)
 
-    scores (M, N) are unscaled; m_i is the scaled row maximum, l_i the row sum, acc the unnormalised output.
-    """
+
+@triton.jit
+def softmax_step(scores, v, m_i, l_i, acc, qk_scale):
+    """One tile of the online softmax (Milakov and Gimelshein 2018), base 2: scores (M, N) are unscaled, qk_scale holds
+    log2(e). The row sum is carried in parts, each of which lies within a thread: only the end adds them up."""
     m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)
     p = tl.exp2(scores * qk_scale - m_new[:, None])  # one fused multiply-add feeds the exponential
     alpha = tl.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, 1)
+    l_i = l_i * alpha[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // SUM_PARTS, SUM_PARTS), 1)
     return m_new, l_i, add_dot(acc * alpha[:, None], p.to(v.dtype), v)
 
 
