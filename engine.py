@@ -35,7 +35,11 @@ from sequence import Request, Sequence
 
 @dataclass
 class Stats:
-    """What the engine did since it was made. A step with any piece of a prompt in it counts as prefill."""
+    """What the engine did since it was made. A step with any piece of a prompt in it counts as prefill.
+
+    The time of a step ends when it is read. It begins when the one before it was read, or, where no step was under way
+    any more, with its own launch: so the times of all steps add up to that on the clock, but for pauses without work.
+    """
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
@@ -135,6 +139,8 @@ class Engine:
         self.waiting = deque()
         self.running = []  # in order of arrival; all of them came before those who wait
         self.launched = deque()  # steps: (their pieces, what they draw)
+        self.read_at = 0.0  # when the last step was read
+        self.stepping = False  # within `step`, or it has not come to its end
         self.stats = Stats()
 
     def add(self, request):
@@ -190,22 +196,33 @@ class Engine:
     def step(self):
         """Launch steps until as many as may be are under way, and wait for the oldest. Returns [(sequence, its new
         tokens), ...] for the sequences that drew a token in it; the new tokens are empty when a stop token or string
-        ended the sequence. A sequence that has ended says why in `.finished`."""
-        start = time.perf_counter()
+        ended the sequence. A sequence that has ended says why in `.finished`.
+
+        After an error, an interrupt by the user too, the engine takes no more steps: it raises RuntimeError. What the
+        sequences have generated until then is right."""
+        if self.stepping:
+            raise RuntimeError("a step has failed or still runs: what the pages hold is not known; make a new Engine")
+        self.stepping = True  # for good if anything below raises: what is scheduled counts as computed
+        if not (self.running and self.launched):  # else the device has worked since the last one was read
+            self.read_at = time.perf_counter()
         while len(self.launched) < self.depth and (pieces := self.schedule()):
             self.launched.append((pieces, self.runner.launch(pieces, self.tables)))
-        if not self.launched:
-            return []
+        news = self.read() if self.launched else []
+        self.stepping = False
+        return news
+
+    def read(self):
+        """Wait for the oldest step under way. Returns what `step` does."""
         pieces, drawn = self.launched.popleft()
         news = self.postprocess(pieces, *drawn.read())
-        seconds = time.perf_counter() - start
+        before, self.read_at = self.read_at, time.perf_counter()
         prompt_tokens = sum(len(piece.tokens) for piece in pieces if len(piece.tokens) > 1)
         if prompt_tokens:
             self.stats.prefill_tokens += prompt_tokens
-            self.stats.prefill_s += seconds
+            self.stats.prefill_s += self.read_at - before
         else:
             self.stats.decode_tokens += len(news)
-            self.stats.decode_s += seconds
+            self.stats.decode_s += self.read_at - before
         return news
 
     def schedule(self):

@@ -8,7 +8,6 @@ Training passes the dense kernel (`dense_attention`), decoding passes the paged 
 import math
 import zlib
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -247,15 +246,14 @@ class GPT(nn.Module):
             x = block(x, rope, attend)
         return self.norm(x)
 
-    def compile_parts(self):
-        """Fuse what lies before, between and after attention, for decoding. No half of a Block knows its layer or its
-        window, so one compilation of each serves all Blocks. Tuning matters to the products of a single row, which are
-        bound by bandwidth: Inductor then makes kernels for them."""
-        compiled = partial(torch.compile, dynamic=True, options={"coordinate_descent_tuning": True})
+    def compile_blocks(self):
+        """Fuse what lies before and after attention, for decoding. Neither half knows its layer or its window, so one
+        compilation of each serves all Blocks. Tuning makes Inductor write kernels for products of a single row, which
+        are bound by bandwidth, where a library has none that is tuned for it."""
         for block in self.blocks:
             for half in ("before", "after"):
-                setattr(block, half, compiled(getattr(Block, half).__get__(block)))
-        self.logits = compiled(GPT.logits.__get__(self))
+                part = getattr(Block, half).__get__(block)
+                setattr(block, half, torch.compile(part, dynamic=True, options={"coordinate_descent_tuning": True}))
 
     def logits(self, x):
         """(..., n_embd) hidden states to (..., vocab_size) unnormalised log-probabilities."""

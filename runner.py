@@ -123,7 +123,7 @@ class Runner:
         self.drawing = Drawing([], vocab_size)  # of the step before
         self.draw = torch.compile(draw) if compile else draw
         if compile:
-            model.compile_parts()
+            model.compile_blocks()
 
     def launch(self, pieces, tables):
         """Set a step going, with the page tables as they are now. Returns what it will have drawn, a row for each piece

@@ -13,7 +13,8 @@ import codecs
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Annotated, Literal
 
 import checkpoint
@@ -25,6 +26,7 @@ from paging import most_pages
 from runner import page_bytes
 from sequence import Request
 
+AHEAD = 512  # samples that the engine has at a time: twice as many as it runs at once
 CACHE_BYTES = 2**30  # what num_pages=0 takes at most, if one sequence does not need more
 
 
@@ -69,7 +71,7 @@ class SampleConfig:
     def stop_strings(self):
         try:
             texts = json.loads(self.stop)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or brackets upon brackets
             texts = self.stop
         return texts if isinstance(texts, list) else [self.stop] if self.stop else []
 
@@ -82,25 +84,27 @@ def main(argv):
     prompts = [config.prompt] if not config.prompts_file else read_prompts(config.prompts_file)
     device = pick_device(config.device)
     model, state = checkpoint.load_model(words[0], device, pick_dtype(config.dtype, device), config.checkpoint)
-    tokenizer = from_spec(state["tokenizer"])
+    tokenizer = from_spec(state.get("tokenizer"))
 
     prompt_ids = [encode(tokenizer, number, prompt) for number, prompt in enumerate(prompts, start=1)]
     seeds = range(config.seed, config.seed + len(prompts) * config.num_samples, config.num_samples)
     requests = [request(ids, seed, tokenizer, model, config) for ids, seed in zip(prompt_ids, seeds)]
     engine = make_engine(model, tokenizer, config, requests)
-    streams = {}
-    for number, (prompt, asked) in enumerate(zip(prompts, requests), start=1):
+    for number, asked in enumerate(requests, start=1):
         try:
-            sequences = engine.add_samples(asked, config.num_samples)
+            engine.check(asked)
         except ValueError as error:
             raise UserError(f"prompt {number}: {error}") from None
-        for sample, sequence in enumerate(sequences, start=1):
-            streams[sequence] = TextStream(f"prompt {number}, sample {sample}", prompt, tokenizer, asked.stop_strings)
 
-    alone = len(streams) == 1
+    alone = len(prompts) * config.num_samples == 1
     if alone:
-        show(prompt)
-    while engine.has_work():
+        show(prompts[0])
+    samples, streams = samples_of(prompts, requests, tokenizer, config.num_samples), {}
+    while True:
+        for asked, stream in islice(samples, AHEAD - len(streams)):
+            streams[engine.add(asked)] = stream
+        if not streams:
+            break
         for sequence, new_tokens in engine.step():
             stream = streams[sequence]
             text = stream.push(new_tokens)
@@ -110,8 +114,10 @@ def main(argv):
                 show(text)
             elif sequence.finished:
                 show(f"--- {stream.name} ({sequence.finished}) ---\n{stream.prompt}{stream.text}\n")
-            if sequence.finished and config.logprobs:
-                list_logprobs(stream.name, sequence, tokenizer)
+            if sequence.finished:
+                del streams[sequence]
+                if config.logprobs:
+                    list_logprobs(stream.name, sequence, tokenizer)
     if alone:
         show("\n")
     print(engine.stats, file=sys.stderr)
@@ -161,6 +167,14 @@ def request(ids, seed, tokenizer, model, config):
     )
 
 
+def samples_of(prompts, requests, tokenizer, num_samples):
+    """(request, its TextStream) of one sample after the other; all at once may be more than memory holds."""
+    for number, (prompt, asked) in enumerate(zip(prompts, requests), start=1):
+        for i in range(num_samples):
+            stream = TextStream(f"prompt {number}, sample {i + 1}", prompt, tokenizer, asked.stop_strings)
+            yield replace(asked, seed=asked.seed + i), stream
+
+
 def make_engine(model, tokenizer, config, requests):
     # learned positions end before anything could be farther away than that
     max_window = config.max_window or model.config.max_seq_len
@@ -176,10 +190,12 @@ def make_engine(model, tokenizer, config, requests):
     try:
         keys = {"vocab_size": tokenizer.vocab_size, "max_window": max_window, "compile": config.compile}
         return Engine(model, num_pages, page_size, decode=decode, **keys)
-    except RuntimeError as error:  # how torch says that memory is out
-        need = num_pages * bytes_per_page / 2**30
+    except ValueError as error:
+        raise UserError(f"the checkpoint's tokenizer does not fit its model: {error}") from None
+    except (RuntimeError, TypeError) as error:  # torch: memory is out; nobody has so much
+        need = num_pages * bytes_per_page // 2**20
         raise UserError(
-            f"no memory for a cache of {num_pages} pages, {need:.1f} GiB ({type(error).__name__}); "
+            f"no memory for a cache of {num_pages} pages, {need:,} MiB ({type(error).__name__}); "
             "ask for fewer tokens or give a smaller num_pages"
         ) from None
 
@@ -193,13 +209,14 @@ class TextStream:
         self.text = ""  # given out so far
         self.token_bytes = tokenizer.token_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.beginnings = {stop[:n] for stop in stops for n in range(1, len(stop))}
+        self.stops = stops
         self.held = b""  # the end of the text, as long as it may be the beginning of a stop text
 
     def push(self, tokens):
         """Take new tokens. Returns the text that is certain now."""
         text = self.held + b"".join(self.token_bytes(token) for token in tokens)
-        hold = max((len(beginning) for beginning in self.beginnings if text.endswith(beginning)), default=0)
+        begun = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        hold = max(begun, default=0)
         self.held = text[len(text) - hold :]
         return self.give(self.decoder.decode(text[: len(text) - hold]))
 

@@ -282,7 +282,7 @@ HOPPER = {
     128: (Tiles(16, 64, 2, 5, 16), Tiles(64, 64, 4, 5)),
     256: (Tiles(16, 32, 4, 5, 16), Tiles(64, 32, 4, 5)),
 }
-MANY_ROWS = Tiles(32, 128, 4, 5, 8)  # decoding on Hopper at 128 with more than 16 query heads a KV head, as in MQA
+MANY_ROWS = Tiles(64, 64, 4, 5, 6)  # decoding on Hopper at 128 with more than 16 query heads a KV head, as in MQA
 # The same for the 99 KB of shared memory of every GPU since Ampere. Not tuned.
 AMPERE = {
     64: (Tiles(16, 64, 4, 5, 12), Tiles(64, 64, 4, 5)),
@@ -315,14 +315,16 @@ def choose_tiles(q, group):
 def choose_splits(units, rows, max_keys, tiles, multiprocessors):
     """(splits of a sequence, least number of tiles in one), for `units` pairs of a sequence and a KV head, `rows` query heads
     each. A sequence is cut into equal parts, as many as fill the chip with all units; the shorter it is, the fewer, and
-    the more rows have to be written and read again for each part, the fewer.
+    the more rows have to be written and read again for each part, the fewer. With many rows, parts are as long as those
+    of the longest sequence: shorter sequences are cut less, and no program works much longer than another.
     """
     if units > COUNTERS:
         return 1, 1
     wanted = cdiv(multiprocessors * tiles.programs * 16, units * max(16, rows))
     fill = min(wanted, max(MANY_SPLITS, multiprocessors // units), cdiv(max_keys, SHORTEST))
-    shortest = max(SHORTEST, min(1024 // wanted, 4 * SHORTEST))
-    return max(fill, cdiv(max_keys, LONGEST), 1), cdiv(shortest, tiles.block_n)
+    splits = max(fill, cdiv(max_keys, LONGEST), 1)
+    shortest = cdiv(max_keys, splits) if rows > 16 else max(SHORTEST, min(1024 // wanted, 4 * SHORTEST))
+    return splits, cdiv(shortest, tiles.block_n)
 
 
 @cache

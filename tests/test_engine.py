@@ -502,6 +502,76 @@ def test_a_sequence_that_has_ended_under_way_computes_one_token_in_vain(why):
     assert other.generated == count([9] * 5, 30) and third.generated == count([8] * 20, 9)
 
 
+class Slow(Device):
+    """A device on a clock of its own: a step takes a second for each of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.idle_at = 0.0
+
+    def launch(self, pieces, tables):
+        drawn = super().launch(pieces, tables)
+        self.idle_at = end = max(self.now, self.idle_at) + sum(len(piece.tokens) for piece in pieces)
+
+        def read():
+            self.now = max(self.now, end)
+            return drawn.read()
+
+        return SimpleNamespace(read=read)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("pause", [0, 0.25, 1])  # of the caller, between steps
+def test_the_speeds_are_those_of_the_device(overlap, pause, monkeypatch):
+    engine = Engine(counter(), 20, 4, overlap=overlap)
+    engine.runner = device = Slow()
+    monkeypatch.setattr("engine.time.perf_counter", lambda: device.now)
+    for prompt in ([3] * 6, [4] * 7):
+        stop = count(prompt, 5)[-1]
+        sequence = engine.add(Request(prompt, 30, stop_tokens=(stop,)))
+        while engine.has_work():
+            engine.step()
+            device.now += pause
+        assert sequence.generated == count(prompt, 4)
+        device.now += 1000  # with overlap, a step of the sequence that has ended is still under way
+    stats = engine.stats
+    assert (stats.prefill_tokens, stats.prefill_s) == (6 + 7, 6 + 7)
+    assert (stats.decode_tokens, stats.decode_s) == (2 * 4, 2 * 4)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("where", ["launch", "read"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_no_step_follows_one_that_failed(overlap, where, error):
+    """Its tokens count as computed and are not: text that went on would be wrong."""
+    engine, device = Engine(counter(), 20, 4, overlap=overlap), Device()
+    launched = []
+
+    def launch(pieces, tables):
+        launched.append(device.launch(pieces, tables))
+        fail(when=where == "launch")
+        drawn = launched[-1]
+        return SimpleNamespace(read=lambda: fail(when=where == "read") or drawn.read())
+
+    def fail(when):
+        if when and len(launched) == 5:
+            raise error
+
+    engine.runner = SimpleNamespace(launch=launch)
+    sequences = [engine.add(Request([i] * 6, 20)) for i in range(3)]
+    with pytest.raises(error):
+        while engine.has_work():
+            engine.step()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="a step has failed .* make a new Engine") as refusal:
+            engine.step()
+        assert "\n" not in str(refusal.value)
+    for i, sequence in enumerate(sequences):  # what is known may go on in another engine
+        assert 3 <= len(sequence.generated) <= 4 and not sequence.finished
+        (rest,) = generate(counter(), [sequence.tokens], 20 - len(sequence.generated))
+        assert sequence.generated + rest == count([i] * 6, 20)
+
+
 # Stop strings: tokens are letters, three a token for those above 25
 
 

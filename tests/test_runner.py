@@ -1,4 +1,4 @@
-"""The device's side: padding, who computes attention, compiled parts; on a GPU, graphs and two steps under way."""
+"""The device's side: padding, who computes attention, compiled Blocks; on a GPU, graphs and two steps under way."""
 
 import dataclasses
 from functools import partial
@@ -127,7 +127,7 @@ def test_triton_attention_writes_the_same_text(variant):
     assert want[0] == recompute(model, asked[0].prompt, 9)
 
 
-def test_compiled_parts_write_the_same_text_and_are_compiled_once(monkeypatch):
+def test_compiled_blocks_write_the_same_text_and_are_compiled_once(monkeypatch):
     compilations = []
 
     def backend(graph, inputs, **options):
@@ -141,7 +141,7 @@ def test_compiled_parts_write_the_same_text_and_are_compiled_once(monkeypatch):
     compiled = make(**keys)
     for _ in range(2):
         assert texts_of(Engine(compiled, 300, PAGE, 30, compile=True), asked) == want
-    assert len(compilations) <= 9  # two halves of 6 Blocks, the head and drawing, for one token and for many
+    assert len(compilations) <= 7  # two halves of 6 Blocks, and drawing, for one token and for many
 
 
 def test_an_unknown_attention_is_refused():

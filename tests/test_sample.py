@@ -109,9 +109,9 @@ def test_a_stop_text_ends_a_sample_and_is_left_out(run):
 
 
 def test_a_stop_text_that_no_text_can_hold_stops_nothing(run):
-    """A lone half of a character, as a command line or JSON may hold one."""
+    """A lone half of a character, as a command line or JSON may hold one; brackets upon brackets, which are no JSON."""
     whole = run("chars", "--temperature=0", "--max_new_tokens=9").out
-    for stop in ('["\\ud800"]', "\udcff"):
+    for stop in ('["\\ud800"]', "\udcff", "[" * 100_000):
         assert run("chars", "--temperature=0", "--max_new_tokens=9", f"--stop={stop}").out == whole
 
 
@@ -136,6 +136,51 @@ def test_text_outgrows_the_context_with_rope(run):
 def test_samples_of_a_prompt_share_its_pages(run):
     _, err = run("chars", f"--prompt={'abcdefgh' * 5}", "--num_samples=3", "--max_new_tokens=4")
     assert f"{2 * 32} tokens found in the cache" in err  # two of its two and a half pages, twice
+
+
+def test_more_samples_than_memory_holds_begin_at_once(run, monkeypatch):
+    """The engine has a few at a time, in order."""
+    shown, held = [], []
+
+    def show(text):
+        shown.append(text)
+        if len(shown) == 1500:
+            raise KeyboardInterrupt  # the user has seen enough
+
+    def step(engine, real=sample.Engine.step):
+        held.append(len(engine.waiting) + len(engine.running))
+        return real(engine)
+
+    monkeypatch.setattr(sample, "show", show)
+    monkeypatch.setattr(sample.Engine, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run("chars", f"--num_samples={10**30}", "--max_new_tokens=2")
+    assert set(held) == {512}
+    heads = [text.partition("\n")[0] for text in shown]
+    assert heads == [f"--- prompt 1, sample {i} (length) ---" for i in range(1, 1501)]
+
+
+def test_samples_that_come_later_are_those_that_had_come_at_once(run, monkeypatch, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("abc\nha\n")
+    flags = [f"--prompts_file={file}", "--num_samples=5", "--max_new_tokens=8"]
+    whole = run("chars", *flags).out
+    monkeypatch.setattr(sample, "AHEAD", 3)
+    assert run("chars", *flags).out == whole
+
+
+def test_the_longest_sample_begins_at_once(run, monkeypatch):
+    """It needs no more pages than its window."""
+    shown = []
+
+    def show(text):
+        shown.append(text)
+        if len(shown) == 100:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "show", show)
+    with pytest.raises(KeyboardInterrupt):
+        run("chars", f"--max_new_tokens={10**30}")
 
 
 def test_min_p_draws_less_wildly(run):
@@ -216,6 +261,13 @@ def test_text_that_only_begins_like_the_stop_text_is_given_out():
         ("chars", ["--page_size=0"], "page_size takes 1 or more"),
         ("chars", ["--max_new_tokens=50", "--num_pages=2"], "prompt 1: 1 prompt tokens and 50 new ones need 4 pages"),
         ("chars", ["--num_pages=100000000000000"], "no memory for a cache of 100000000000000 pages"),
+        ("chars", [f"--num_pages={10**400}"], "no memory for a cache of 1000000"),
+        ("chars", [f"--page_size={10**30}"], "no memory for a cache of 1 pages"),
+        (
+            "chars",
+            [f"--max_new_tokens={10**15}", f"--max_window={10**15}"],
+            "no memory for a cache of 62500000000001 pages",
+        ),
         ("learned", ["--prompt=abc", "--max_new_tokens=62"], "prompt 1: .* more than the 64 learned positions"),
         ("learned", [f"--prompt={'a' * 64}"], "prompt 1: .* more than the 64 learned positions"),
         ("chars", ["--temprature=1"], "the nearest is 'temperature'"),
@@ -225,6 +277,22 @@ def test_what_is_wrong_is_said_in_a_line(run, name, flags, message):
     with pytest.raises(UserError, match=message) as error:
         run(name, *flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, message",
+    [(BYTES.spec, "tokenizer does not fit its model: .* 39, got 257"), (None, "unknown tokenizer spec None")],
+)
+def test_a_checkpoint_without_its_tokenizer(run, monkeypatch, tokenizer, message):
+    real = checkpoint.load_model
+
+    def load_model(*args):
+        model, state = real(*args)
+        return model, {key: value for key, value in {**state, "tokenizer": tokenizer}.items() if value}
+
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    with pytest.raises(UserError, match=message):
+        run("chars")
 
 
 @pytest.mark.parametrize("content, message", [("\n \n", "is empty"), (b"\xff\xfe", "cannot be read")])
