@@ -6,6 +6,7 @@ decode:    attention over pages, one token a sequence, as a share of the bandwid
 engine:    whole runs of the engine: GPT-2 124M, and on a GPU Qwen3-0.6B's shape. Without a GPU, beside transformers.
 variants:  cache bytes, largest batch and decoding speed of mha, gqa, mqa and swa. Any device.
 claims:    what introductions to these methods say, measured. Any device; only a GPU's figures mean something.
+tables:    nothing is measured: the files in results/ become the tables of the README.
 
 Each writes results/NAME.json, most a plot beside it. "GPU" needs an NVIDIA GPU.
 
@@ -31,7 +32,7 @@ class BenchConfig:
     sweep: Annotated[bool, "time growing lengths, too"] = True
 
 
-NEEDS_GPU = {"attention": True, "train": True, "decode": True, "engine": False, "variants": False, "claims": False}
+NEEDS_GPU = {"attention": True, "train": True, "decode": True, "engine": False, "variants": False, "claims": False, "tables": False}
 
 
 def main(argv):
@@ -52,8 +53,10 @@ def main(argv):
         from benchmarks.engine import bench_engine as measure
     elif name == "variants":
         from benchmarks.variants import bench_variants as measure
-    else:
+    elif name == "claims":
         from benchmarks.claims import bench_claims as measure
+    else:
+        from benchmarks.tables import write_tables as measure
     measure(config)
 
 

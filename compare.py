@@ -30,6 +30,7 @@ from operator import truediv
 from pathlib import Path
 from typing import Annotated
 
+from benchmarks import markdown
 from benchmarks.runs import by_variant, distinct, load, objections, read_json
 from config import UserError, parse, run
 
@@ -67,7 +68,7 @@ def main(argv):
     out = Path(config.out)
     write(out, results, runs)
     if config.readme:
-        put_into(Path(config.readme), section(results))
+        markdown.put_into(Path(config.readme), "compare.py", section(results))
     try:
         plot(variants, results, out / "curves")
         print(f"\n{out}: table.json, table.md, curves.png, curves.svg, runs/")
@@ -233,9 +234,6 @@ def verdicts(rows):
 
 # Showing it.
 
-BEGIN, END = "<!-- compare.py: begin -->", "<!-- compare.py: end -->"  # the README's marks around the section
-
-
 def section(results):
     """What is printed, and stands in the README: the table, its verdicts, and what they were measured on."""
     there = [name for name in ("torch", "triton") if name in results["versions"]]
@@ -254,7 +252,7 @@ def section(results):
 
 
 def table(results):
-    """The rows as lines of markdown. A column without any value is left out."""
+    """The rows as lines of markdown."""
     rows = results["rows"]
     decoding = [row["decode_tokens_per_s"] for row in rows if row["decode_tokens_per_s"]]
     batch = max(set.intersection(*map(set, decoding)) if decoding else (), key=int, default="")
@@ -279,9 +277,7 @@ def table(results):
             f"{row['decode_tokens_per_s'][batch]:,.0f}" if batch in row["decode_tokens_per_s"] else "" for row in rows
         ],
     }
-    shown = {header: texts for header, texts in columns.items() if any(texts)}
-    lines = [shown, ["---"] * len(shown), *zip(*shown.values(), strict=True)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown.table(columns)
 
 
 def cells(rows, key, form):
@@ -316,15 +312,6 @@ def write(out, results, runs):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows), encoding="utf-8")
     if others := sorted(path.name for path in (out / "runs").iterdir() if path.name not in names):
         print(f"\n{out / 'runs'} also holds runs that are not in this table: {', '.join(others)}")
-
-
-def put_into(path, text):
-    """Put the section between the marks of a file."""
-    content = path.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(END) < content.index(BEGIN):
-        raise UserError(f"{path} has no place for the table; add two lines: {BEGIN} and {END}")
-    before, rest = content.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def plot(variants, results, path):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from util import script
+from util import repository, script
 
 from benchmarks.attention import Shape, attention_flops
+from benchmarks.markdown import marked
+from benchmarks.tables import section
 from kernels.reference import visible
 
 
@@ -25,3 +27,7 @@ def test_an_unknown_measurement_is_one_line(words):
 def test_kernels_without_a_gpu_are_one_line(name):
     result = script("bench.py", name, check=False)
     assert result.returncode == 2 and "NVIDIA GPU" in result.stderr
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    assert marked("bench.py tables", section(repository / "results")) in (repository / "README.md").read_text()

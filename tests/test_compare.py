@@ -13,6 +13,7 @@ from test_runlog import log_of
 from util import repository, script
 
 import compare
+from benchmarks.markdown import marked
 from benchmarks.runs import ATTENTION, Run, load
 from config import UserError, parse
 from model import ModelConfig
@@ -343,15 +344,15 @@ def test_wandb_folders_and_runs_given_twice(tmp_path, run_compare):
 
 def test_the_section_goes_between_the_marks_of_the_readme(tmp_path, run_compare):
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{compare.BEGIN}\nold\n{compare.END}\nbelow\n")
+    readme.write_text(f"above\n{marked('compare.py', 'old')}\nbelow\n")
     for _ in range(2):
         _, results = run_compare(
             write_run(tmp_path / "a") if not (tmp_path / "a").exists() else tmp_path / "a", f"--readme={readme}"
         )
-        assert readme.read_text() == f"above\n{compare.BEGIN}\n{compare.section(results)}\n{compare.END}\nbelow\n"
+        assert readme.read_text() == f"above\n{marked('compare.py', compare.section(results))}\nbelow\n"
 
 
 @pytest.mark.skipif(not (repository / "results/variants/table.json").exists(), reason="no results/variants/table.json")
 def test_the_readmes_table_is_the_measured_one():
     results = json.loads((repository / "results/variants/table.json").read_text())
-    assert f"{compare.BEGIN}\n{compare.section(results)}\n{compare.END}" in (repository / "README.md").read_text()
+    assert marked("compare.py", compare.section(results)) in (repository / "README.md").read_text()

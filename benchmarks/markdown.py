@@ -1,0 +1,25 @@
+"""Tables in markdown, and their places in a file."""
+
+from config import UserError
+
+
+def table(columns):
+    """{header: cells} as lines. A column without any text is left out."""
+    shown = {header: texts for header, texts in columns.items() if any(texts)}
+    lines = [shown, ["---"] * len(shown), *zip(*shown.values(), strict=True)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def marked(name, text):
+    """The text between the marks that say which program owns it."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    return f"{begin}\n{text}\n{end}"
+
+
+def put_into(path, name, text):
+    """Put the text between a file's marks of that name, in place of what is there."""
+    content = path.read_text(encoding="utf-8")
+    begin, end = marked(name, "").splitlines()[::2]
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(end) < content.index(begin):
+        raise UserError(f"{path} has no place for the table; add two lines: {begin} and {end}")
+    path.write_text(content.split(begin)[0] + marked(name, text) + content.split(end)[1], encoding="utf-8")

@@ -1,0 +1,105 @@
+"""The README's tables of speeds, made from the files in results/ and from nothing else."""
+
+from pathlib import Path
+
+from benchmarks import markdown
+from benchmarks.runs import read_json
+
+NAMES = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention", "fa3": "FlashAttention-3"}
+NAMES |= {"efficient": "memory-efficient", "transformers": "transformers"}
+
+
+def write_tables(config):
+    text = section(Path(config.out_dir))
+    markdown.put_into(Path("README.md"), "bench.py tables", text)
+    print(text)
+
+
+def section(folder):
+    """A table for each measurement that has left its results in the folder, with where and how it was made."""
+    parts = []
+    for name, (command, title, make) in MAKERS.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            facts = read_json(path)
+            versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items() if key in ("torch", "triton"))
+            where = f"{facts['threads']} CPU threads" if facts["device"] == "cpu" else facts["device"]
+            on = f"{where}, {facts['dtype']}, {versions}, commit {facts['git_commit'][:10]}{facts['git_commit'][40:]}"
+            table = markdown.table(make(facts))
+            parts.append("\n".join([f"{title} (`python bench.py {command}`; {on}):", "", *table]))
+    return "\n\n".join(parts)
+
+
+def attention(facts):
+    from benchmarks.attention import SHAPES, shape_of
+
+    def cell(shape, peer):
+        row = next((row for row in facts["rows"] if shape_of(row) == shape and row["peer"] == peer), None)
+        return f"{row['forward_ms']:.3f} / {row['backward_ms']:.3f}" if row else ""
+
+    columns = {"B, H, H_kv, T, D, window": [", ".join(map(str, shape)) for shape in SHAPES]}
+    return columns | {name: [cell(shape, peer) for shape in SHAPES] for peer, name in NAMES.items()}
+
+
+def train(facts):
+    rows = {(row["attention"], row["peer"]): row for row in facts["rows"]}
+    kinds = list(dict.fromkeys(kind for kind, _ in rows))
+
+    def cell(kind, peer):
+        return f"{rows[kind, peer]['tokens_per_s']:,.0f}" if (kind, peer) in rows else ""
+
+    columns = {"attention": kinds, "MFU, ours": [f"{rows[kind, 'ours']['mfu']:.1%}" for kind in kinds]}
+    return columns | {name: [cell(kind, peer) for kind in kinds] for peer, name in NAMES.items()}
+
+
+def decode(facts):
+    from benchmarks.decode import SHAPES, shape_of
+
+    rows = {shape_of(row): row for row in facts["rows"] if row["peer"] == "ours"}
+    return {
+        "B, H, H_kv, T, D, page, window": [", ".join(map(str, shape)) for shape in SHAPES],
+        "us": [f"{rows[shape]['us']:.1f}" for shape in SHAPES],
+        "of the copy's bandwidth": [f"{rows[shape]['of_copy']:.2f}" for shape in SHAPES],
+    }
+
+
+def engine(facts):
+    rows = facts["rows"]
+    return {
+        "load": [row["load"] for row in rows],
+        "tokens/s": [f"{row['tokens_per_s']:,.0f}" for row in rows],
+        "prefill": [f"{row['prefill_tokens_per_s']:,.0f}" for row in rows],
+        "decoding": [f"{row['decode_tokens_per_s']:,.0f}" for row in rows],
+        "unused cache": [f"{row['unused_share']:.1%}" for row in rows],
+        "if max_seq_len were reserved": [f"{row['unused_share_of_reserving']:.1%}" for row in rows],
+    }
+
+
+def beside_transformers(facts):
+    speeds = {(row["batch"], row["engine"]): f"{row['decode_tokens_per_s']:,.1f}" for row in facts["rows"]}
+    batches = sorted({batch for batch, _ in speeds})
+    columns = {"batch": [str(batch) for batch in batches]}
+    return columns | {NAMES[name]: [speeds[batch, name] for batch in batches] for name in dict.fromkeys(n for _, n in speeds)}
+
+
+def variants(facts):
+    rows = facts["rows"]
+    columns = {
+        "attention": [row["attention"] for row in rows],
+        "KV bytes/token": [f"{row['kv_bytes_per_token']:,}" for row in rows],
+        f"sequences in {facts['cache_bytes'] / 2**30:.3g} GiB": [f"{row['largest_batch']:,}" for row in rows],
+    }
+    for batch in rows[0]["decode_tokens_per_s"]:
+        speeds = [row["decode_tokens_per_s"][batch] for row in rows]
+        columns[f"tokens/s, batch {batch}"] = [f"{speed:,.0f}" if speed else "too many" for speed in speeds]
+    return columns
+
+
+MAKERS = {
+    "attention": ("attention", "Attention in training, ms forward / backward", attention),
+    "train": ("train", "A training step of GPT-2 124M, tokens/s by who computes attention", train),
+    "decode": ("decode", "Decoding over pages, one token a sequence", decode),
+    "engine-cuda": ("engine", "Whole runs of the engine", engine),
+    "variants": ("variants", "What the attention type buys in decoding", variants),
+    "engine-cpu": ("engine", "GPT-2 124M decoding on a CPU, tokens/s", beside_transformers),
+}
