@@ -8,16 +8,19 @@ checkpoints behind. state.json is plain JSON: step, losses, the resolved model s
 
 import dataclasses
 import json
+import math
 import shutil
+import typing
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError, build
+from config import UserError, build, checked
 from model import GPT, ModelConfig
 
 UNFINISHED = ".unfinished"  # ends the names of folders that are being written or removed
+KINDS = {"step": int, "time_s": int | float, "val_loss": int | float | None, "tokenizer": dict, "model": dict}  # of state.json
 
 
 def save(run_folder, model, optimizer, state, keep):
@@ -65,7 +68,11 @@ def optimizer_tensors(model, optimizer):
 def complete(run_folder):
     """The checkpoints of a run, oldest first."""
     folders = Path(run_folder, "checkpoints").glob("step-*")
-    return sorted((f for f in folders if not f.name.endswith(UNFINISHED)), key=lambda f: int(f.name.split("-")[1]))
+    return sorted((f for f in folders if f.name.removeprefix("step-").isdecimal()), key=step_of)
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest(run_folder):
@@ -76,7 +83,7 @@ def newest(run_folder):
 def best(run_folder):
     """The folder of the checkpoint with the lowest validation loss, or None when none was evaluated."""
     losses = {folder: read_state(folder)["val_loss"] for folder in complete(run_folder)}
-    evaluated = {folder: loss for folder, loss in losses.items() if loss is not None}
+    evaluated = {folder: loss for folder, loss in losses.items() if loss is not None and not math.isnan(loss)}
     return min(evaluated, key=evaluated.get, default=None)
 
 
@@ -102,10 +109,20 @@ def sweep(checkpoints):
 
 
 def read_state(folder):
+    """The state that `save` was given, and "model". Each value is checked, because people edit JSON."""
     try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(folder, error) from None
+        state = json.loads((folder / "state.json").read_text())
+        for key, kind in KINDS.items():
+            value = state.get(key, "nothing") if isinstance(state, dict) else "nothing"
+            if not isinstance(value, kind):
+                raise ValueError(f"{key} is {value!r}")
+        if state["step"] != step_of(folder):  # its next checkpoints might find their folders taken
+            raise ValueError(f"step is {state['step']}, and the folder says {step_of(folder)}")
+        hints = typing.get_type_hints(ModelConfig, include_extras=True)
+        build(ModelConfig, {key: checked(f"model.{key}", state["model"].get(key), hint) for key, hint in hints.items()})
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        raise damaged(folder, f"state.json: {error}") from None
+    return state
 
 
 def read_tensors(path, device="cpu"):
@@ -116,7 +133,7 @@ def read_tensors(path, device="cpu"):
 
 
 def damaged(folder, error):
-    return UserError(f"checkpoint {folder} cannot be read: {error}; remove that folder to use the one before it")
+    return UserError(f"checkpoint {folder} cannot be read: {error}; mend that, or remove the folder to use the one before it")
 
 
 def load_weights(folder, model):

@@ -137,7 +137,7 @@ def read_decode(path, required):
         return None
     found = read_json(Path(path))
     whole = isinstance(found, dict) and {"shape", "tokens", "device", "rows"} <= found.keys()
-    needed = {"attention", "window", "kv_bytes_per_token", "decode_tokens_per_s"}
+    needed = {"attention", "n_kv_head", "window", "window_pattern", "decode_tokens_per_s"}
     if not whole or not all(needed <= row.keys() for row in found["rows"]):
         raise UserError(f"{path} holds no decoding speeds; python bench.py variants writes them")
     return found
@@ -146,11 +146,11 @@ def read_decode(path, required):
 def decode_speeds(decode, model):
     """{batch: tokens/s} of the row of bench.py variants with this attention. Its model may be of another size, so what
     must agree are the share of KV heads (but for MQA, whose name says it all) and that of the context in the window."""
-    kv_share, window_share = model["n_kv_head"] / model["n_head"], model["window"] / model["max_seq_len"]
-    for row in decode["rows"] if decode and model["window_pattern"] == "L" else []:
-        same = row["attention"] == model["attention"] and row["window"] / decode["shape"]["max_seq_len"] == window_share
-        most = max(each["kv_bytes_per_token"] for each in decode["rows"])
-        if same and (row["attention"] == "mqa" or row["kv_bytes_per_token"] / most == kv_share):
+    for row in decode["rows"] if decode else []:
+        same = all(row[key] == model[key] for key in ("attention", "window_pattern"))
+        there = row["n_kv_head"] / decode["shape"]["n_head"], row["window"] / decode["shape"]["max_seq_len"]
+        here = model["n_kv_head"] / model["n_head"], model["window"] / model["max_seq_len"]
+        if same and (there == here or row["attention"] == "mqa"):
             return {batch: speed for batch, speed in row["decode_tokens_per_s"].items() if speed}
     return {}
 

@@ -10,6 +10,7 @@ explanation stand together, so `--help` can never disagree with the code:
 
 import dataclasses
 import difflib
+import re
 import sys
 import tomllib
 import typing
@@ -31,6 +32,14 @@ def run(main):
         sys.exit(1)  # the reader (`| head`) has gone: nothing to say, nobody to say it to
     except OSError as error:  # a full disk, a folder that may not be written, a file where a folder should be
         fail(f"{error.strerror or error}: {error.filename or 'while writing'}; mend that or name another place, then run again")
+    except (MemoryError, RuntimeError) as error:  # torch has a type of its own on GPUs only, and not for all that fails there
+        if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
+            raise
+        said = ". ".join(str(error).partition("\n")[0].split(". ")[:2])  # torch goes on with a page of advice
+        fail(
+            f"out of memory ({said or 'MemoryError'}); free some or ask for less: a smaller model or batch, "
+            f"micro_batch_size in training, num_pages or dtype in sampling, then run again"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 

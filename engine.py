@@ -27,6 +27,7 @@ from collections import deque
 from dataclasses import dataclass
 from numbers import Integral
 
+from config import UserError
 from paging import PageTables, most_pages, page_groups, pages_for
 from runner import Piece, Runner, free_memory, page_bytes
 from sampling import ALTERNATIVES
@@ -198,7 +199,7 @@ class Engine:
         tokens), ...] for the sequences that drew a token in it; the new tokens are empty when a stop token or string
         ended the sequence. A sequence that has ended says why in `.finished`.
 
-        After an error, an interrupt by the user too, the engine takes no more steps: it raises RuntimeError. What the
+        Raises UserError when the model gives NaN. After an error, an interrupt by the user too, the engine takes no more steps: it raises RuntimeError. What the
         sequences have generated until then is right."""
         if self.stepping:
             raise RuntimeError("a step has failed or still runs: what the pages hold is not known; make a new Engine")
@@ -296,6 +297,11 @@ class Engine:
         for i, (sequence, token) in enumerate(zip(drawing_of(pieces), ids)):
             if sequence.finished:
                 continue  # it ended while this step was under way
+            if token < 0:
+                raise UserError(
+                    f"the model's logits behind {len(sequence.tokens)} tokens are not finite: its weights are broken, or "
+                    f"too large for their dtype; take another checkpoint, or float32 if this is not"
+                )
             request = sequence.request
             sequence.pending -= 1
             if token in request.stop_tokens:

@@ -210,8 +210,9 @@ class Runner:
         x = x[0].index_select(0, block.last_rows)  # only their logits are needed
         logits = self.model.logits(x)[:, : self.vocab_size]
         ids = self.draw(logits, block.limits, shape.style)
-        self.drawn[: shape.num_draws] = ids
-        return (ids, *logprobs(logits, ids)) if shape.style.logprobs else (ids,)
+        tokens = ids.clamp(min=0)  # -1 has neither embedding nor logit
+        self.drawn[: shape.num_draws] = tokens
+        return (ids, *logprobs(logits, tokens)) if shape.style.logprobs else (ids,)
 
     def attend(self, shape, block, lengths, layer, q, k, v, window):
         """The `attend` of a step, once it is bound to it: q (1, N, H, D), k and v (1, N, H_kv, D) to (1, N, H, D)."""

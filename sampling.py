@@ -67,14 +67,15 @@ def mixed(x):
 
 
 def draw(logits, limits, style):
-    """Draw one token a row: (n, vocab) logits to (n,) ids.
+    """Draw one token a row: (n, vocab) logits to (n,) ids, -1 where a logit is NaN or the highest one is infinite.
 
     Tokens exactly as likely as the last one that top_k or top_p lets in are let in too. min_p (Nguyen et al. 2024)
     lets in what is at least min_p times as likely as the likeliest token.
     """
-    greedy = logits.argmax(dim=-1)
+    highest, greedy = logits.max(dim=-1)  # NaN counts as the highest
+    broken = (highest * 0).isnan()
     if not style.draws:
-        return greedy
+        return greedy.masked_fill_(broken, -1)
     temperature, min_p = limits.temperature[:, None], limits.min_p[:, None]
     logits = logits.float() / temperature.clamp(min=1e-6)  # below that it is as good as greedy, and would overflow
     highest = logits.amax(dim=-1, keepdim=True)
@@ -82,7 +83,8 @@ def draw(logits, limits, style):
     if style.width:
         least = least.maximum(least_logit(logits, limits.top_k[:, None], limits.top_p[:, None], style.width))
     weights = (logits - highest).exp().masked_fill(logits < least, 0.0)  # probabilities, not yet divided by their sum
-    return torch.where(limits.temperature == 0, greedy, invert_cdf(weights, limits.uniform[:, None]))
+    ids = torch.where(limits.temperature == 0, greedy, invert_cdf(weights, limits.uniform[:, None]))
+    return ids.masked_fill_(broken, -1)
 
 
 def least_logit(logits, top_k, top_p, width):
@@ -103,7 +105,7 @@ def least_logit(logits, top_k, top_p, width):
 def invert_cdf(weights, u):
     """The first token of each row whose cumulative share is above u: (n, vocab) and (n, 1) to (n,).
 
-    The clamps matter to a model that gives NaN: its ids mean nothing, but they are ids.
+    The clamps matter to rows with NaN: their ids mean nothing, but they are ids.
     """
     n, vocab = weights.shape
     chunks = torch.nn.functional.pad(weights, (0, -vocab % CHUNK)).view(n, -1, CHUNK)

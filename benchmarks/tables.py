@@ -85,7 +85,7 @@ def beside_transformers(facts):
 def variants(facts):
     rows = facts["rows"]
     columns = {
-        "attention": [row["attention"] for row in rows],
+        "attention": [row["variant"] for row in rows],
         "KV bytes/token": [f"{row['kv_bytes_per_token']:,}" for row in rows],
         f"sequences in {facts['cache_bytes'] / 2**30:.3g} GiB": [f"{row['largest_batch']:,}" for row in rows],
     }

@@ -13,11 +13,18 @@ from benchmarks.measure import write_results
 from device import pick_device, pick_dtype
 from engine import Engine, Request, groups_of
 from paging import most_pages
+from runlog import variant
 from runner import page_bytes
 from sequence import Sequence
 
 PAGE_SIZE = 16
-VARIANTS = ("mha", "gqa", "mqa", "swa")
+VARIANTS = (
+    {"attention": "mha"},
+    {"attention": "gqa"},
+    {"attention": "mqa"},
+    {"attention": "swa"},
+    {"attention": "swa", "window_pattern": "LLLG"},
+)
 
 
 class Sizes(NamedTuple):
@@ -52,14 +59,15 @@ def bench_variants(config):
     device = pick_device("auto")
     dtype, sizes = pick_dtype("auto", device), SIZES["cuda" if device.type == "cuda" else "cpu"]
     rows = []
-    print(f"{'':6}{'bytes/token':>12}{'sequences':>11}" + "".join(f"{f'batch {batch}':>12}" for batch in sizes.batches))
+    print(f"{'':16}{'bytes/token':>12}{'sequences':>11}" + "".join(f"{f'batch {batch}':>12}" for batch in sizes.batches))
     for attention in VARIANTS:
-        model = random_model({**sizes.shape, **PARTS, "attention": attention}, device, dtype)
+        model = random_model({**sizes.shape, **PARTS, **attention}, device, dtype)
         row = measure_variant(model, sizes, config.rounds)
-        rows.append({"attention": attention, "window": model.config.window, **row})
+        numbers = {key: getattr(model.config, key) for key in ("attention", "n_kv_head", "window", "window_pattern")}
+        rows.append({"variant": variant(model.config), **numbers, **row})
         speeds = [f"{speed:,.0f}" if speed else "too many" for speed in row["decode_tokens_per_s"].values()]
         cells = [f"{row['kv_bytes_per_token']:12,}{row['largest_batch']:11,}", *(f"{speed:>12}" for speed in speeds)]
-        print(f"{attention:6}" + "".join(cells), flush=True)
+        print(f"{rows[-1]['variant']:16}" + "".join(cells), flush=True)
         del model
         torch._dynamo.reset()  # and with it what was compiled for this model
     folder = Path(config.out_dir)
@@ -79,7 +87,7 @@ def measure_variant(model, sizes, rounds):
     for batch in sizes.batches:
         speeds[batch] = None
         if batch <= largest:
-            turns = [decode_speed(engine, sizes, batch, seed) for seed in range(1 + rounds)]
+            turns = [decode_speed(engine, sizes, batch) for _ in range(1 + rounds)]
             speeds[batch] = statistics.median(turns[1:])  # the first one compiles and captures
     return {
         "kv_bytes_per_token": model.kv_bytes_per_token(dtype.itemsize),
@@ -104,9 +112,9 @@ def fill(engine, tokens):
         while sequence.num_computed < tokens:
             sequence.num_computed += tables.reserve(sequence, min(PAGE_SIZE, tokens - sequence.num_computed))
             tables.slide(sequence)
-    seen = tokens - max(0, tokens + 1 - config.window) // PAGE_SIZE * PAGE_SIZE if config.window else tokens
+    seen = [tokens - max(0, tokens + 1 - window) // PAGE_SIZE * PAGE_SIZE if window else tokens for window in config.windows]
     bytes_per_value = engine.runner.k[0].element_size()
-    expected = len(sequences) * seen * config.n_kv_head * config.head_dim * 2 * bytes_per_value * config.n_layer
+    expected = len(sequences) * sum(seen) * config.n_kv_head * config.head_dim * 2 * bytes_per_value
     held = sum(pages[: tables.allocator.num_held].nbytes for pages in engine.runner.k + engine.runner.v)
     if held != expected:
         raise RuntimeError(f"{len(sequences)} sequences of {tokens} tokens hold {held} bytes, not {expected}")
@@ -115,9 +123,10 @@ def fill(engine, tokens):
     return len(sequences)
 
 
-def decode_speed(engine, sizes, batch, seed):
-    """Tokens/s of `batch` sequences that all decode, at the end of their tokens."""
-    draw, vocab = random.Random(seed), engine.vocab_size
+def decode_speed(engine, sizes, batch):
+    """Tokens/s of `batch` sequences that all decode, at the end of their tokens. The prompts are the same in each turn,
+    which finds them in the cache and has only to decode."""
+    draw, vocab = random.Random(batch), engine.vocab_size
     new = sizes.steps + 16  # the first ones may be drawn while others still compute their prompts
     waits = sizes.tokens * batch // engine.max_tokens_per_step + 2
     prompt = sizes.tokens - new - waits
@@ -142,7 +151,7 @@ def plot_variants(rows, sizes, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    names = [row["attention"] for row in rows]
+    names = [row["variant"] for row in rows]
     colors = [f"C{i}" for i in range(len(rows))]
     axes[0].bar(names, [row["kv_bytes_per_token"] / 1024 for row in rows], color=colors)
     axes[0].set_ylabel("KV cache a token, KiB")
@@ -151,7 +160,7 @@ def plot_variants(rows, sizes, path):
     axes[1].set_yscale("log")
     for row in rows:
         points = [(batch, speed) for batch, speed in row["decode_tokens_per_s"].items() if speed]
-        axes[2].plot(*zip(*points), marker="o", label=row["attention"])
+        axes[2].plot(*zip(*points), marker="o", label=row["variant"])
     axes[2].set(xscale="log", yscale="log", xlabel="batch", ylabel=f"decoded tokens/s at {sizes.tokens} tokens")
     axes[2].legend()
     figure.savefig(path, dpi=120)

@@ -59,9 +59,9 @@ DECODE = {  # as bench.py variants writes it, of another shape
     "tokens": 2048,
     "device": "a GPU",
     "rows": [
-        {"attention": "mha", "window": 0, "kv_bytes_per_token": 80, "decode_tokens_per_s": {"1": 10.0, "8": 20.0, "64": None}},
-        {"attention": "mqa", "window": 0, "kv_bytes_per_token": 10, "decode_tokens_per_s": {"1": 11.0, "8": 40.0, "64": 80.0}},
-        {"attention": "swa", "window": 512, "kv_bytes_per_token": 80, "decode_tokens_per_s": {"1": 12.0, "8": 30.0, "64": 60.0}},
+        {"attention": "mha", "n_kv_head": 8, "window": 0, "window_pattern": "L", "decode_tokens_per_s": {"1": 10.0, "8": 20.0, "64": None}},
+        {"attention": "mqa", "n_kv_head": 1, "window": 0, "window_pattern": "L", "decode_tokens_per_s": {"1": 11.0, "8": 40.0, "64": 80.0}},
+        {"attention": "swa", "n_kv_head": 8, "window": 512, "window_pattern": "L", "decode_tokens_per_s": {"1": 12.0, "8": 30.0, "64": 60.0}},
     ],
 }
 

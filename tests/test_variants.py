@@ -7,19 +7,19 @@ import pytest
 
 from benchmarks import variants
 
-SHAPE = {"n_layer": 2, "n_embd": 64, "n_head": 8, "mlp_hidden": 64, "vocab_size": 64, "max_seq_len": 64}
+SHAPE = {"n_layer": 4, "n_embd": 64, "n_head": 8, "mlp_hidden": 64, "vocab_size": 64, "max_seq_len": 64}
 
 
 def test_the_table_counts_bytes_sequences_and_tokens(tmp_path, monkeypatch, capsys):
-    sizes = variants.Sizes(SHAPE, tokens=64, cache_bytes=2**18, batches=(1, 9), steps=4)
+    sizes = variants.Sizes(SHAPE, tokens=64, cache_bytes=2**19, batches=(1, 9), steps=4)
     monkeypatch.setattr(variants, "SIZES", {"cpu": sizes, "cuda": sizes})
     monkeypatch.setattr(variants, "pick_device", lambda name: variants.torch.device("cpu"))
     variants.bench_variants(SimpleNamespace(out_dir=tmp_path, rounds=1))
-    rows = {row["attention"]: row for row in json.loads((tmp_path / "variants.json").read_text())["rows"]}
-    assert list(rows) == ["mha", "gqa", "mqa", "swa"]
-    assert [row["kv_bytes_per_token"] for row in rows.values()] == [1024, 256, 128, 1024]
-    assert [row["largest_batch"] for row in rows.values()] == [4, 16, 32, 15]
-    assert [row["decode_tokens_per_s"]["9"] is None for row in rows.values()] == [True, False, False, False]
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "variants.json").read_text())["rows"]}
+    assert list(rows) == ["mha", "gqa-2", "mqa", "swa-w16", "swa-w16-LLLG"]
+    assert [row["kv_bytes_per_token"] for row in rows.values()] == [2048, 512, 256, 2048, 2048]
+    assert [row["largest_batch"] for row in rows.values()] == [4, 16, 32, 15, 8]
+    assert [row["decode_tokens_per_s"]["9"] is None for row in rows.values()] == [True, False, False, False, True]
     assert all(row["decode_tokens_per_s"]["1"] > 0 for row in rows.values())
     assert (tmp_path / "variants.png").stat().st_size > 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
