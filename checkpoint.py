@@ -113,11 +113,12 @@ def read_state(folder):
     try:
         state = json.loads((folder / "state.json").read_text())
         for key, kind in KINDS.items():
-            value = state.get(key, "nothing") if isinstance(state, dict) else "nothing"
-            if not isinstance(value, kind):
-                raise ValueError(f"{key} is {value!r}")
-        if state["step"] != step_of(folder):  # its next checkpoints might find their folders taken
-            raise ValueError(f"step is {state['step']}, and the folder says {step_of(folder)}")
+            if not isinstance(state, dict) or key not in state:
+                raise UserError(f"{key} is missing")
+            if not isinstance(state[key], kind):
+                raise UserError(f"{key} is {state[key]!r}")
+        if state["step"] != step_of(folder):  # `save` would skip folders that a run from there finds taken
+            raise UserError(f"step is {state['step']}, that of the folder {step_of(folder)}")
         hints = typing.get_type_hints(ModelConfig, include_extras=True)
         build(ModelConfig, {key: checked(f"model.{key}", state["model"].get(key), hint) for key, hint in hints.items()})
     except (OSError, ValueError, RecursionError, UserError) as error:
@@ -133,7 +134,7 @@ def read_tensors(path, device="cpu"):
 
 
 def damaged(folder, error):
-    return UserError(f"checkpoint {folder} cannot be read: {error}; mend that, or remove the folder to use the one before it")
+    return UserError(f"checkpoint {folder} cannot be read: {error}; mend it, or remove that folder to use the one before it")
 
 
 def load_weights(folder, model):

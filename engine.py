@@ -199,8 +199,8 @@ class Engine:
         tokens), ...] for the sequences that drew a token in it; the new tokens are empty when a stop token or string
         ended the sequence. A sequence that has ended says why in `.finished`.
 
-        Raises UserError when the model gives NaN. After an error, an interrupt by the user too, the engine takes no more steps: it raises RuntimeError. What the
-        sequences have generated until then is right."""
+        Raises UserError when the model's logits are not finite. After an error, an interrupt by the user too, the
+        engine takes no more steps: it raises RuntimeError. What the sequences have generated until then is right."""
         if self.stepping:
             raise RuntimeError("a step has failed or still runs: what the pages hold is not known; make a new Engine")
         self.stepping = True  # for good if anything below raises: what is scheduled counts as computed
@@ -299,8 +299,8 @@ class Engine:
                 continue  # it ended while this step was under way
             if token < 0:
                 raise UserError(
-                    f"the model's logits behind {len(sequence.tokens)} tokens are not finite: its weights are broken, or "
-                    f"too large for their dtype; take another checkpoint, or float32 if this is not"
+                    f"the model's logits are not finite behind {len(sequence.tokens)} tokens: its weights are broken, "
+                    f"or too large for {next(self.model.parameters()).dtype}; take another checkpoint, or float32"
                 )
             request = sequence.request
             sequence.pending -= 1

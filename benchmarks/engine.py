@@ -92,8 +92,8 @@ def bench_loads(config, device):
             show(row)
         del model
         torch._dynamo.reset()  # and with it what was compiled for this model
-    plot_memory(traces[LOADS[-1].name], Path(config.out_dir, "engine.png"))
     write_results(Path(config.out_dir, f"engine-{device.type}.json"), device, torch.bfloat16, rows=rows)
+    plot_memory(traces[LOADS[-1].name], Path(config.out_dir, "engine.png"))
 
 
 def random_model(shape, device, dtype):

@@ -70,10 +70,10 @@ def bench_variants(config):
         print(f"{rows[-1]['variant']:16}" + "".join(cells), flush=True)
         del model
         torch._dynamo.reset()  # and with it what was compiled for this model
-    folder = Path(config.out_dir)
-    plot_variants(rows, sizes, folder / "variants.png")
+    path = Path(config.out_dir, "variants" if device.type == "cuda" else f"variants-{device.type}")
     facts = {"shape": sizes.shape | PARTS, "tokens": sizes.tokens, "cache_bytes": sizes.cache_bytes}
-    write_results(folder / "variants.json", device, dtype, **facts, page_size=PAGE_SIZE, rows=rows)
+    write_results(path.with_suffix(".json"), device, dtype, **facts, page_size=PAGE_SIZE, rows=rows)
+    plot_variants(rows, sizes, path.with_suffix(".png"))
 
 
 def measure_variant(model, sizes, rounds):

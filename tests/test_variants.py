@@ -15,13 +15,13 @@ def test_the_table_counts_bytes_sequences_and_tokens(tmp_path, monkeypatch, caps
     monkeypatch.setattr(variants, "SIZES", {"cpu": sizes, "cuda": sizes})
     monkeypatch.setattr(variants, "pick_device", lambda name: variants.torch.device("cpu"))
     variants.bench_variants(SimpleNamespace(out_dir=tmp_path, rounds=1))
-    rows = {row["variant"]: row for row in json.loads((tmp_path / "variants.json").read_text())["rows"]}
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "variants-cpu.json").read_text())["rows"]}
     assert list(rows) == ["mha", "gqa-2", "mqa", "swa-w16", "swa-w16-LLLG"]
     assert [row["kv_bytes_per_token"] for row in rows.values()] == [2048, 512, 256, 2048, 2048]
     assert [row["largest_batch"] for row in rows.values()] == [4, 16, 32, 15, 8]
     assert [row["decode_tokens_per_s"]["9"] is None for row in rows.values()] == [True, False, False, False, True]
     assert all(row["decode_tokens_per_s"]["1"] > 0 for row in rows.values())
-    assert (tmp_path / "variants.png").stat().st_size > 0
+    assert (tmp_path / "variants-cpu.png").stat().st_size > 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
 
