@@ -1,6 +1,10 @@
 """Checkpoints: whole or absent, the newest and the best kept, damage reported, never a pickle."""
 
+import json
+import math
 import pickle
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 import checkpoint
 from config import UserError
 from model import GPT, ModelConfig
+from train import TrainConfig, resume
 
 
 def make():
@@ -47,7 +52,7 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     model, optimizer = make()
-    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None), (10, None)):
+    for step, loss in ((1, math.nan), (2, 1.0), (3, None), (4, 2.0), (5, None), (10, None)):
         checkpoint.save(tmp_path, model, optimizer, state(step, loss), keep=2)
     assert names(tmp_path) == ["step-000002", "step-000005", "step-000010"]
     assert checkpoint.newest(tmp_path).name == "step-000010"
@@ -92,6 +97,59 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, damage):
         path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UserError, match="step-000001 cannot be read"):
         checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32)
+
+
+def edit(folder, change):
+    path = folder / "state.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def without(key):
+    return lambda state: {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        *((without(key), f"{key} is missing") for key in checkpoint.KINDS),
+        (lambda state: [state], "step is missing"),
+        (lambda state: None, "step is missing"),
+        (lambda state: {**state, "step": "one"}, "step is 'one'"),
+        (lambda state: {**state, "step": 7}, "step is 7, that of the folder 1"),
+        (lambda state: {**state, "time_s": None}, "time_s is None"),
+        (lambda state: {**state, "val_loss": "low"}, "val_loss is 'low'"),
+        (lambda state: {**state, "tokenizer": "byte"}, "tokenizer is 'byte'"),
+        (lambda state: {**state, "model": [1]}, r"model is \[1\]"),
+        (lambda state: {**state, "model": without("n_embd")(state["model"])}, "model.n_embd takes int, got None"),
+        (lambda state: {**state, "model": {**state["model"], "n_embd": "32"}}, "model.n_embd takes int, got '32'"),
+        (lambda state: {**state, "model": {**state["model"], "pos": []}}, r"model.pos takes learned\|rope, got \[\]"),
+        (lambda state: {**state, "model": {**state["model"], "n_kv_head": 3}}, "n_kv_head must divide n_head=2, got 3"),
+    ],
+)
+def test_an_edited_state_is_named_wherever_it_is_read(tmp_path, change, message):
+    model, optimizer = make()
+    folder = checkpoint.save(tmp_path, model, optimizer, state(1, 2.0), keep=2)
+    edit(folder, change)
+    config = TrainConfig(out_dir=str(tmp_path))
+    data = SimpleNamespace(tokenizer_spec={"type": "byte"})
+    for read in (
+        lambda: checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32),
+        lambda: checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32, "best"),
+        lambda: resume(model, optimizer, config, data),
+        lambda: checkpoint.save(tmp_path, model, optimizer, state(2, 1.0), keep=1),
+    ):
+        with pytest.raises(UserError, match=f"step-000001 cannot be read: state.json: {message}") as error:
+            read()
+        assert "\n" not in str(error.value)
+    assert names(tmp_path) == ["step-000001", "step-000002"]  # nothing is lost
+
+
+def test_copies_that_a_person_made_are_no_checkpoints(tmp_path):
+    model, optimizer = make()
+    folder = checkpoint.save(tmp_path, model, optimizer, state(1), keep=1)
+    for name in ("step-000001 copy", "step-best", "step-"):
+        shutil.copytree(folder, folder.with_name(name))
+    assert names(tmp_path) == ["step-000001"]
 
 
 def test_a_run_without_checkpoints_says_so(tmp_path):

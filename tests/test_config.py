@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
+import torch
 from util import repository, script
 
-from config import UserError, parse
+from config import UserError, parse, run
 from model import ModelConfig
 from train import TrainConfig
 
@@ -83,6 +85,49 @@ def test_the_program_ends_with_one_line_and_code_2(argument):
     result = script("train.py", argument, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+TORCH_ON_CUDA = "CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 4 is free."
+
+
+def raises(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "main, words",
+    [
+        (raises(torch.OutOfMemoryError(TORCH_ON_CUDA)), "(CUDA out of memory. Tried to allocate 96.00 MiB);"),
+        (raises(RuntimeError("CUDA error: out of memory\nFor debugging consider ..")), "(CUDA error: out of memory);"),
+        (raises(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")), "cublasCreate"),
+        (lambda argv: torch.empty(10**15), "you tried to allocate 4000000000000000 bytes);"),
+        (lambda argv: np.empty(10**15), "(Unable to allocate 7.11 PiB"),
+        (lambda argv: bytearray(10**16), "(MemoryError);"),
+    ],
+)
+def test_no_memory_is_said_in_a_line(main, words, capsys):
+    with pytest.raises(SystemExit) as done:
+        run(main)
+    message = capsys.readouterr().err
+    assert done.value.code == 2 and message.startswith("error: out of memory (") and message.count("\n") == 1
+    assert words in message and "micro_batch_size" in message and "num_pages" in message and "total capacity" not in message
+
+
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "shapes do not match"])
+def test_an_error_of_the_code_keeps_its_traceback(words):
+    with pytest.raises(RuntimeError, match=words):
+        run(raises(RuntimeError(words)))
+
+
+def test_a_model_larger_than_memory_ends_a_program_with_a_line(tmp_path):
+    (tmp_path / "in.txt").write_text("0123456789" * 100)
+    script("-m", "data.prepare", "files", f"--input={tmp_path / 'in.txt'}", f"--out_dir={tmp_path / 'data'}")
+    flags = [f"--data={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_seq_len=8"]
+    result = script("train.py", *flags, f"--vocab_size={10**12}", check=False)
+    assert result.returncode == 2 and result.stderr.startswith("error: out of memory (") and result.stderr.count("\n") == 1
 
 
 def test_shipped_configs_are_accepted_and_hold_only_what_differs():

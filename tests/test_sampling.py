@@ -99,12 +99,17 @@ def test_temperature_0_is_greedy_and_the_extremes_hold():
             assert drawn(logits, [Request([0], 1, temperature=temperature, top_k=3)], [u]).item() in (9, 11, 13)
 
 
-def test_a_model_that_gives_nan_still_gets_ids():
-    logits = torch.full((4, 700), math.nan)
-    styles = ({"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.5})
-    requests = [Request([0], 1, **{"temperature": 1, **style}) for style in styles]
-    ids = drawn(logits, requests, [0.0, 0.5, 0.9, 1 - 2**-23])
-    assert ids.min() >= 0 and ids.max() < 700
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("style", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_a_row_that_is_not_finite_draws_no_token_and_its_neighbours_theirs(style, temperature, dtype):
+    logits = torch.randn(6, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    requests, numbers = [Request([0], 1, temperature=temperature, **style)] * 6, [0.0, 0.5, 0.9, 1 - 2**-23, 0.1, 0.6]
+    want = drawn(logits, requests, numbers)
+    logits[1], logits[2], logits[3, 699], logits[4, 5] = math.nan, -math.inf, math.nan, math.inf
+    want[1:5] = -1
+    logits[5, 3] = logits[0, 9] = -math.inf  # a token that cannot come is nothing wrong
+    assert (want != drawn(logits, requests, numbers)).sum() <= 0
 
 
 def test_only_as_much_is_sorted_as_somebody_needs():
