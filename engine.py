@@ -299,8 +299,8 @@ class Engine:
                 continue  # it ended while this step was under way
             if token < 0:
                 raise UserError(
-                    f"the model's logits are not finite behind {len(sequence.tokens)} tokens: its weights are broken, "
-                    f"or too large for {next(self.model.parameters()).dtype}; take another checkpoint, or float32"
+                    f"the model's logits for token {len(sequence.tokens) + 1} of a text are not finite: its weights are "
+                    f"broken, or too large for {next(self.model.parameters()).dtype}; take float32 or another checkpoint"
                 )
             request = sequence.request
             sequence.pending -= 1

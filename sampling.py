@@ -73,7 +73,7 @@ def draw(logits, limits, style):
     lets in what is at least min_p times as likely as the likeliest token.
     """
     highest, greedy = logits.max(dim=-1)  # NaN counts as the highest
-    broken = (highest * 0).isnan()
+    broken = (highest - highest).isnan()  # infinite or NaN; times 0 is compiled to 0
     if not style.draws:
         return greedy.masked_fill_(broken, -1)
     temperature, min_p = limits.temperature[:, None], limits.min_p[:, None]

@@ -122,10 +122,8 @@ def test_an_error_of_the_code_keeps_its_traceback(words):
         run(raises(RuntimeError(words)))
 
 
-def test_a_model_larger_than_memory_ends_a_program_with_a_line(tmp_path):
-    (tmp_path / "in.txt").write_text("0123456789" * 100)
-    script("-m", "data.prepare", "files", f"--input={tmp_path / 'in.txt'}", f"--out_dir={tmp_path / 'data'}")
-    flags = [f"--data={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_seq_len=8"]
+def test_a_model_larger_than_memory_ends_a_program_with_a_line(corpus, tmp_path):
+    flags = [f"--data={corpus}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_seq_len=8"]
     result = script("train.py", *flags, f"--vocab_size={10**12}", check=False)
     assert result.returncode == 2 and result.stderr.startswith("error: out of memory (") and result.stderr.count("\n") == 1
 
