@@ -67,13 +67,13 @@ def main(argv):
     print(section(results))
     out = Path(config.out)
     write(out, results, runs)
-    if config.readme:
-        markdown.put_into(Path(config.readme), "compare.py", section(results))
     try:
         plot(variants, results, out / "curves")
         print(f"\n{out}: table.json, table.md, curves.png, curves.svg, runs/")
     except ImportError as error:
         print(f"\n{out}: table.json, table.md, runs/; no plot ({error}; pip install matplotlib)")
+    if config.readme:
+        markdown.put_into(Path(config.readme), "compare.py", section(results))
 
 
 # The comparison.
