@@ -8,7 +8,8 @@ variants:  cache bytes, largest batch and decoding speed of mha, gqa, mqa and sw
 claims:    what introductions to these methods say, measured. Any device; only a GPU's figures mean something.
 tables:    nothing is measured: the files in results/ become the tables of the README.
 
-Each writes results/NAME.json, most a plot beside it. "GPU" needs an NVIDIA GPU.
+Each writes a file of this name below results/, where the name may say the device, and most a plot beside it. "GPU" needs an
+NVIDIA GPU.
 
 Everything is validated before it is timed. Times are medians over rounds in which all contestants take turns, so that a
 change of the clock meets all of them. The last line printed is JSON.
@@ -21,15 +22,24 @@ import torch
 
 from config import UserError, parse, run
 
+PEERS = ("ours", "fa2", "cudnn", "efficient", "flex", "fa3")
+
 
 @dataclass(frozen=True)
 class BenchConfig:
     """What can be chosen about a measurement."""
 
     out_dir: Annotated[str, "where the results go"] = "results"
-    peers: Annotated[str, "which contestants, a list with commas"] = "ours,fa2,cudnn,efficient,flex,fa3"
+    peers: Annotated[str, "which contestants, a list with commas"] = ",".join(PEERS)
     rounds: Annotated[int, "times that each contestant takes its turn"] = 9
     sweep: Annotated[bool, "time growing lengths, too"] = True
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"rounds takes 1 or more, got {self.rounds}")
+        unknown = set(self.peers.split(",")) - set(PEERS)
+        if unknown:
+            raise ValueError(f"peers takes names of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
 
 
 NEEDS_GPU = {"attention": True, "train": True, "decode": True, "engine": False, "variants": False, "claims": False, "tables": False}

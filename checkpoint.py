@@ -3,9 +3,11 @@
     out/NAME/checkpoints/step-000500/   model.safetensors, optimizer.safetensors, state.json
 
 A checkpoint is written under a temporary name and renamed last, so a process killed at any moment leaves only whole
-checkpoints behind. state.json is plain JSON: step, losses, the resolved model settings and the tokenizer.
+checkpoints behind. state.json is plain JSON: step, validation loss, model settings, tokenizer, and the train settings that
+a run keeps, which only train.py reads.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -82,14 +84,22 @@ def newest(run_folder):
 
 def best(run_folder):
     """The folder of the checkpoint with the lowest validation loss, or None when none was evaluated."""
-    losses = {folder: read_state(folder)["val_loss"] for folder in complete(run_folder)}
+    return lowest({folder: read_state(folder)["val_loss"] for folder in complete(run_folder)})
+
+
+def lowest(losses):
     evaluated = {folder: loss for folder, loss in losses.items() if loss is not None and not math.isnan(loss)}
     return min(evaluated, key=evaluated.get, default=None)
 
 
 def prune(run_folder, keep):
-    spared = {*complete(run_folder)[-keep:], best(run_folder)}
+    """A damaged checkpoint stays, and ends no run: it may be the best, and a person can mend it."""
+    losses = {}
     for folder in complete(run_folder):
+        with contextlib.suppress(UserError):
+            losses[folder] = read_state(folder)["val_loss"]
+    spared = {*complete(run_folder)[-keep:], lowest(losses)}
+    for folder in losses:
         if folder not in spared:
             remove(folder)
 
@@ -141,18 +151,22 @@ def load_weights(folder, model):
     """Fill the model with a checkpoint's parameters, in the model's dtype and on its device."""
     tensors = read_tensors(folder / "model.safetensors")
     for name, parameter in model.named_parameters():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise UserError(f"checkpoint {folder} does not fit: {name} is {list(parameter.shape)} here, {found} there")
-        parameter.data.copy_(tensors[name])
+        parameter.data.copy_(fitting(folder, tensors, name, parameter.shape))
 
 
 def load_optimizer(folder, model, optimizer):
     tensors = read_tensors(folder / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
+    for name, parameter in model.named_parameters():
+        for key, shape in {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items():  # AdamW's
+            value = fitting(folder, tensors, f"{name}/{key}", shape)
+            optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def fitting(folder, tensors, name, shape):
+    if name not in tensors or tensors[name].shape != shape:
+        found = list(tensors[name].shape) if name in tensors else "nothing"
+        raise UserError(f"checkpoint {folder} does not fit: {name} is {list(shape)} here, {found} there")
+    return tensors[name]
 
 
 def load_model(run_folder, device, dtype, which="newest"):

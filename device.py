@@ -1,5 +1,6 @@
 """The device a program runs on: which one, in what precision, and how fast it could be at best."""
 
+import re
 import resource
 import sys
 
@@ -7,8 +8,8 @@ import torch
 
 from config import UserError
 
-# Dense bf16 matrix products without sparsity, TFLOP/s, from the vendors' data sheets. The first name that
-# torch.cuda.get_device_name contains counts, so longer names stand before their prefixes.
+# Dense bf16 matrix products without sparsity, TFLOP/s, from the vendors' data sheets. A name counts where it ends
+# torch.cuda.get_device_name, or only a memory size or "-SXM4" follows: the RTX 4090 Laptop GPU is another one.
 PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -20,11 +21,11 @@ PEAK_TFLOPS = {
     "A800": 312,
     "B200": 2250,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "A10G": 70,
     "RTX 4090": 165,
     "RTX 3090": 71,
-    "V100": 125,
 }
 
 
@@ -53,7 +54,7 @@ def device_name(device):
 def peak_flops(device):
     """Peak FLOP/s of the device in bf16, or None when it is not in the table: then no MFU is shown."""
     name = device_name(device)
-    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
+    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if re.search(rf"\b{known}( \d|-|$)", name)), None)
 
 
 def peak_memory_gib(device):

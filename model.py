@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.choice import triton_takes
 from kernels.linear import Linear
 
 
@@ -88,6 +89,8 @@ class ModelConfig:
         self._set("n_kv_head", self.n_kv_head or by_label[self.attention])
         if self.attention == "swa":
             self._set("window", self.window or max(1, self.max_seq_len // 4))
+            if not any(self.windows):
+                raise ValueError(f"attention=swa takes a window_pattern with an L in {self.n_layer} layers, got {self.window_pattern}")
 
     def _set(self, key, value):
         object.__setattr__(self, key, value)  # the way a frozen dataclass may complete itself
@@ -99,11 +102,18 @@ class ModelConfig:
         return tuple(self.window if pattern[i % len(pattern)] == "L" else 0 for i in range(self.n_layer))
 
 
-def dense_attention(impl, device, dtype):
-    """The `attend` of training: `impl` is a value of the key attention_impl, `dtype` that of q, k and v."""
+def dense_attention(impl, device, dtype, head_dim):
+    """The `attend` of training: `impl` is a value of the key attention_impl, `dtype` that of q, k and v. Raises ValueError
+    for impl="triton" where there are no such kernels."""
+    able = triton_takes(device, head_dim)
     if impl == "auto":  # the Triton kernels are made for tensor cores, which float32 does not use
-        impl = "triton" if device.type == "cuda" and dtype != torch.float32 else "sdpa"
+        impl = "triton" if able and dtype != torch.float32 else "sdpa"
     if impl == "triton":
+        if not able:
+            raise ValueError(
+                "attention_impl=triton takes an NVIDIA GPU, the package triton and a head_dim from 16 to 256 that is a "
+                f"multiple of 8; got {device.type} and head_dim={head_dim}; take attention_impl=auto"
+            )
         from kernels.flash_attention import flash_attention as attention
     elif impl == "sdpa":
         from kernels.sdpa import attention

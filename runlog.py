@@ -114,16 +114,23 @@ class RunLog:
         self.metrics.close()
         if self.wandb:
             self.wandb.close()
-        done = step == self.config.max_steps
+        done = step >= self.config.max_steps  # more, when a longer run is given fewer steps
         print(f"{self.folder}: {'done' if done else 'stopped'} at step {step}", end="")
         print(f"; try: python sample.py {self.folder}" if done else "; the same command goes on from there", flush=True)
 
 
 def open_metrics(path, step):
     """metrics.jsonl for appending, and its rows up to `step`; later ones, by a process that was killed, are cut off."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    rows = [row for row in rows if row["step"] <= step]
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        if not line.endswith(b"}"):  # the process was killed while writing it
+            continue
+        try:
+            row = json.loads(line)
+            if row["step"] <= step:
+                rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"line {number} of {path} is damaged ({type(error).__name__}: {error}); mend or remove it") from None
     replace(path, "".join(json.dumps(row) + "\n" for row in rows))
     return open(path, "a"), rows
 
@@ -222,13 +229,13 @@ def start_wandb(config, facts):
 def run_id(config_file, step):
     """What tells this run from all others: drawn when it is new, kept when it goes on."""
     if step and config_file.exists():
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             return json.loads(config_file.read_text())["run_id"]
     return secrets.token_hex(4)
 
 
 def variant(model_config):
-    """A short name for the attention of a model, the same for the same numbers: mha, gqa-3, swa-256-LLLG."""
+    """A short name for the attention of a model, the same for the same numbers: mha, gqa-3, swa-w256-LLLG."""
     name = model_config.attention
     if name == "gqa" or (name == "swa" and model_config.n_kv_head < model_config.n_head):
         name += f"-{model_config.n_kv_head}"
@@ -239,10 +246,10 @@ def variant(model_config):
     return name
 
 
+MOVES_NO_LOSS = {"out_dir", "resume", "wandb", "wandb_project", "wandb_group", "log_interval", "save_interval", "keep_checkpoints"}
+MOVES_NO_LOSS |= {"device", "compile", "attention_impl", "micro_batch_size"}  # beyond rounding
 # Settings in which the runs of one experiment may differ: what it compares, the noise, and what moves no loss.
-FREE = {"attention", "n_kv_head", "window", "window_pattern", "seed"}
-FREE |= {"out_dir", "resume", "wandb", "wandb_project", "wandb_group", "log_interval", "save_interval", "keep_checkpoints"}
-FREE |= {"device", "compile", "attention_impl", "micro_batch_size", "data"}  # the data count by their content
+FREE = MOVES_NO_LOSS | {"attention", "n_kv_head", "window", "window_pattern", "seed", "data"}  # the data count by their content
 
 
 def experiment(facts):
@@ -261,8 +268,8 @@ def versions():
 
 
 def git_commit():
-    """The commit of this code, with -dirty when files differ from it; empty outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of this code, never a tag's name, with -dirty when files differ from it; empty outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError):
         return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
     return ""

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kernels.choice import triton_takes
 from paging import pages_for
 from sampling import Limits, Style, draw, logprobs, style_of, uniform
 
@@ -109,8 +110,7 @@ class Runner:
         self.device = weight.device
         self.on_cuda = weight.device.type == "cuda"
         if attention == "auto":
-            fits = self.on_cuda and config.head_dim % 8 == 0 and 16 <= config.head_dim <= 256
-            attention = "triton" if fits else "sdpa"
+            attention = "triton" if triton_takes(self.device, config.head_dim) else "sdpa"
         self.write_pages, self.attention = paged_attention(attention)
         self.pads = attention == "triton"  # the others read lengths on the host, so they gain nothing
         self.graphs = {} if graphs and self.pads and self.on_cuda else None

@@ -10,6 +10,8 @@ The same command again goes on from the newest checkpoint. SIGTERM and Ctrl-C sa
 import contextlib
 import dataclasses
 import gc
+import hashlib
+import json
 import math
 import os
 import signal
@@ -29,7 +31,7 @@ from data.tokenizer import from_spec
 from device import pick_device, pick_dtype
 from engine import generate
 from model import GPT, ModelConfig, dense_attention
-from runlog import RunLog
+from runlog import MOVES_NO_LOSS, RunLog
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def train(model_config, config, process):
     micro_batch = micro_batch_size(config, world)
     data = open_data(config, model_config, process)
     dtype = pick_dtype(config.dtype, device)
-    attend = dense_attention(config.attention_impl, device, dtype)
+    try:
+        attend = dense_attention(config.attention_impl, device, dtype, model_config.head_dim)
+    except ValueError as error:
+        raise UserError(error) from None
     if on_cuda:
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
 
@@ -173,6 +178,7 @@ def train(model_config, config, process):
         if log:
             if save_due or stopping:
                 state = {"step": step, "time_s": log.time_s(), "val_loss": val_loss, "tokenizer": data.tokenizer_spec}
+                state["train"] = lasting_settings(config, data)
                 checkpoint.save(config.out_dir, model, optimizer, state, config.keep_checkpoints)
             log.restart_clock()
         if stopping:
@@ -229,6 +235,14 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
+def lasting_settings(config, data):
+    """The train settings that a run keeps to its end, and what identifies its data: the content, wherever it lies."""
+    free = MOVES_NO_LOSS | {"max_steps", "eval_interval"}  # people extend runs, and look at them more often
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
+    digest = hashlib.sha256(json.dumps(data.meta["splits"], sort_keys=True).encode()).hexdigest()
+    return {**settings, "data": f"sha256 {digest[:12]}"}
+
+
 def resume(model, optimizer, config, data):
     """Fill model and optimizer from the newest checkpoint, or the model from init_from. Returns the state to go on from."""
     folder = checkpoint.newest(config.out_dir)
@@ -241,6 +255,14 @@ def resume(model, optimizer, config, data):
         saved = checkpoint.read_state(source)
         there = {**saved["model"], "tokenizer": saved["tokenizer"]}
         here = {**dataclasses.asdict(model.config), "tokenizer": data.tokenizer_spec}
+        if folder:  # the same run goes on; from other weights, a new one may train in its own way
+            if not isinstance(saved.get("train"), dict):
+                raise UserError(
+                    f"{source} does not say how it was trained: its state.json lacks train, as older versions wrote it; "
+                    f"give another out_dir, and --init_from={config.out_dir} to start from its weights"
+                )
+            there |= saved["train"]
+            here |= lasting_settings(config, data)
         changed = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
         if changed:
             raise UserError(f"{source} was trained with other settings; give another out_dir, or mend: {'; '.join(changed)}")

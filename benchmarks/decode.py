@@ -160,7 +160,7 @@ def largest_step(rows):
 
 
 def window_spread(rows):
-    """Slowest over fastest bandwidth of a fixed window over growing texts."""
+    """Fastest over slowest bandwidth of a fixed window over growing texts."""
     rates = [row["tb_per_s"] for row in rows if shape_of(row) in WINDOWED and row["peer"] == "ours"]
     return max(rates) / min(rates)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from benchmarks import markdown
 from benchmarks.runs import read_json
+from config import UserError
 
 NAMES = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention", "fa3": "FlashAttention-3"}
 NAMES |= {"efficient": "memory-efficient", "transformers": "transformers"}
@@ -11,6 +12,8 @@ NAMES |= {"efficient": "memory-efficient", "transformers": "transformers"}
 
 def write_tables(config):
     text = section(Path(config.out_dir))
+    if not text:
+        raise UserError(f"{config.out_dir} holds no results; python bench.py attention is one of the programs that write some")
     markdown.put_into(Path("README.md"), "bench.py tables", text)
     print(text)
 
@@ -48,18 +51,19 @@ def train(facts):
     def cell(kind, peer):
         return f"{rows[kind, peer]['tokens_per_s']:,.0f}" if (kind, peer) in rows else ""
 
-    columns = {"attention": kinds, "MFU, ours": [f"{rows[kind, 'ours']['mfu']:.1%}" for kind in kinds]}
+    shares = [rows[kind, "ours"]["mfu"] if (kind, "ours") in rows else None for kind in kinds]
+    columns = {"attention": kinds, "MFU, ours": [f"{share:.1%}" if share else "" for share in shares]}
     return columns | {name: [cell(kind, peer) for kind in kinds] for peer, name in NAMES.items()}
 
 
 def decode(facts):
     from benchmarks.decode import SHAPES, shape_of
 
-    rows = {shape_of(row): row for row in facts["rows"] if row["peer"] == "ours"}
+    rows = [row for row in facts["rows"] if row["peer"] == "ours" and shape_of(row) in SHAPES]
     return {
-        "B, H, H_kv, T, D, page, window": [", ".join(map(str, shape)) for shape in SHAPES],
-        "us": [f"{rows[shape]['us']:.1f}" for shape in SHAPES],
-        "of the copy's bandwidth": [f"{rows[shape]['of_copy']:.2f}" for shape in SHAPES],
+        "B, H, H_kv, T, D, page, window": [", ".join(map(str, shape_of(row))) for row in rows],
+        "us": [f"{row['us']:.1f}" for row in rows],
+        "of the copy's bandwidth": [f"{row['of_copy']:.2f}" for row in rows],
     }
 
 

@@ -45,9 +45,9 @@ SIZES = {
         steps=64,
     ),
     "cpu": Sizes(
-        {"n_layer": 2, "n_embd": 128, "n_head": 8, "mlp_hidden": 256, "vocab_size": 512, "max_seq_len": 128},
+        {"n_layer": 4, "n_embd": 128, "n_head": 8, "mlp_hidden": 256, "vocab_size": 512, "max_seq_len": 128},
         tokens=128,
-        cache_bytes=4 * 2**20,
+        cache_bytes=8 * 2**20,
         batches=(1, 4, 16),
         steps=16,
     ),

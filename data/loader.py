@@ -130,7 +130,7 @@ def read_meta(folder):
     if not path.is_file():
         known = ("stdlib", "shakespeare", "fineweb")
         what = folder.name if folder.name in known else "files --input=TEXT"
-        where = "" if folder == folder_of(folder.name) else f" --out_dir={folder}"
+        where = "" if folder in map(folder_of, known) else f" --out_dir={folder}"
         raise UserError(f"{path} does not exist; prepare the data: python -m data.prepare {what}{where}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))

@@ -314,7 +314,7 @@ def launch(kernel, tiles, grid, inputs, **arguments):
         T_k=T_k,
         scale=scale,
         GROUP=H // H_kv,
-        WINDOW=window if window < T_k else 0,
+        WINDOW=window,
         HEAD_DIM=D,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -437,7 +437,7 @@ def flash_attention(q, k, v, window=0, scale=None):
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check(q, k, v, window, scale)
-    return _forward(q, k, v, window, scale)[0]
+    return _forward(q, k, v, window if window < k.shape[1] else 0, scale)[0]
 
 
 def check(q, k, v, window, scale):

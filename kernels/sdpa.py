@@ -1,7 +1,7 @@
 """Causal and sliding-window attention through torch's scaled_dot_product_attention: the fast path without Triton.
 
 Plain causal attention is one call. A window is cut into blocks of queries, each with the few keys that the block can
-see: time and memory grow with T * window, and no mask larger than block x (block + window) ever exists.
+see: time and memory grow with T * window, and no mask is larger than a block's queries times the keys they see.
 """
 
 import torch

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint
 from config import UserError
@@ -136,12 +137,39 @@ def test_an_edited_state_is_named_wherever_it_is_read(tmp_path, change, message)
         lambda: checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32),
         lambda: checkpoint.load_model(tmp_path, torch.device("cpu"), torch.float32, "best"),
         lambda: resume(model, optimizer, config, data),
-        lambda: checkpoint.save(tmp_path, model, optimizer, state(2, 1.0), keep=1),
     ):
         with pytest.raises(UserError, match=f"step-000001 cannot be read: state.json: {message}") as error:
             read()
         assert "\n" not in str(error.value)
-    assert names(tmp_path) == ["step-000001", "step-000002"]  # nothing is lost
+
+
+def test_a_damaged_older_checkpoint_neither_ends_a_run_nor_is_removed(tmp_path):
+    model, optimizer = make()
+    for step, loss in ((1, 2.0), (2, 3.0)):
+        checkpoint.save(tmp_path, model, optimizer, state(step, loss), keep=2)
+    edit(tmp_path / "checkpoints" / "step-000001", without("step"))
+    for step in (3, 4):
+        checkpoint.save(tmp_path, model, optimizer, state(step, 4.0), keep=1)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000004"]  # damaged, best, newest
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: {}, "tok_emb.weight/step is .* here, nothing there"),
+        (lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()}, "nothing there"),
+        (lambda tensors: without("head.weight/exp_avg")(without("tok_emb.weight/exp_avg")(tensors)), "exp_avg is .* nothing there"),
+        (lambda tensors: {name: tensor[:1] if tensor.dim() else tensor for name, tensor in tensors.items()}, r"\[11, 32\] here, \[1, 32\] there"),
+    ],
+    ids=["empty", "another model's", "one missing", "another shape"],
+)
+def test_moments_that_do_not_fit_are_named(tmp_path, change, message):
+    model, optimizer = make()
+    train_a_step(model, optimizer)
+    folder = checkpoint.save(tmp_path, model, optimizer, state(1), keep=1)
+    save_file(change(checkpoint.optimizer_tensors(model, optimizer)), folder / "optimizer.safetensors")
+    with pytest.raises(UserError, match=f"step-000001 does not fit: .*{message}"):
+        checkpoint.load_optimizer(folder, *make())
 
 
 def test_copies_that_a_person_made_are_no_checkpoints(tmp_path):

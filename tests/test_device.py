@@ -24,7 +24,22 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, tera", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("Voodoo 2", None)]
+    "name, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GB200", None),  # faster than a B200
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla V100-SXM2-16GB", None),  # has no bf16
+        ("Voodoo 2", None),
+    ],
 )
 def test_peaks_by_name(monkeypatch, name, tera):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)

@@ -202,6 +202,8 @@ def test_names_and_paths(monkeypatch, tmp_path):
     assert folder_of("./here") == Path("here")
     with pytest.raises(UserError, match=r"python -m data.prepare stdlib --out_dir="):
         TokenData(tmp_path / "stdlib", 8, seed=1)
+    with pytest.raises(UserError, match=rf"prepare files --input=TEXT --out_dir={repo_data}/nowhere"):  # else data/files
+        TokenData(folder_of("nowhere"), 8, seed=1)
 
 
 def test_fast_enough(tmp_path):

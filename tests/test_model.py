@@ -19,7 +19,7 @@ VARIANTS = [
     {"attention": "swa", "window": 5},
     {"attention": "swa", "window": 5, "window_pattern": "LG", "n_kv_head": 2},
 ]
-attend = dense_attention("reference", torch.device("cpu"), torch.float64)
+attend = dense_attention("reference", torch.device("cpu"), torch.float64, 16)
 
 
 def make(seed=1, **keys):
@@ -182,7 +182,7 @@ def test_no_token_sees_the_future_and_every_visible_one_is_seen(keys, parts):
 def test_implementations_agree(keys):
     model = make(**keys, **MODERN).double()
     x = tokens(2, 32)
-    a = model(x, x, dense_attention("sdpa", torch.device("cpu"), torch.float64))
+    a = model(x, x, dense_attention("sdpa", torch.device("cpu"), torch.float64, 16))
     b = model(x, x, attend)
     assert (a - b).abs().max() < 1e-6
 

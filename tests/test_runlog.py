@@ -1,6 +1,7 @@
 """The run folder: nothing in it, nor in wandb, runs ahead of the checkpoint that a run goes on from."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import runlog
+from config import UserError
 from model import GPT, ModelConfig
-from runlog import RunLog, experiment, open_metrics, samples_until, variant
+from runlog import RunLog, experiment, git_commit, open_metrics, run_id, samples_until, variant
 from train import TrainConfig
 
 
@@ -23,6 +26,45 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path):
     assert kept == rows[:2]
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:2] + [{"step": 3, "train/loss": 0.5}]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("line", [b"foo}", b"{}", b'{"a": "\xff"}', b'{"step": "2"}'])
+def test_a_damaged_row_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(UserError, match=f"line 2 of {path} is damaged") as error:
+        open_metrics(path, step=2)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == b'{"step": 1}\n' + line + b"\n"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", "5"])
+def test_a_damaged_config_gives_a_new_run_id(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    assert run_id(file, step=1) != run_id(file, step=1)
+    file.write_text('{"run_id": "kept"}')
+    assert run_id(file, step=1) == "kept"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_no_tag(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(runlog, "__file__", str(tmp_path / "runlog.py"))
+    assert git_commit() == ""
+    (tmp_path / "file").write_text("a")
+    git("init"), git("add", "file"), git("commit", "-m", "first"), git("tag", "-a", "v1", "-m", "tagged")
+    assert git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("b")
+    assert git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_run_beyond_its_last_step_is_done(tmp_path, capsys):
+    log_of(tmp_path, 3, wandb="disabled", max_steps=2).close(3)
+    assert "done at step 3" in capsys.readouterr().out
 
 
 def test_a_new_run_starts_with_empty_files(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,7 +134,7 @@ def test_evaluation_is_one_mean_whatever_the_batch(corpus):
     data = TokenData(corpus, 32, seed=1)
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=32, vocab_size=257)).double()
     model.init_weights(1)
-    attend = dense_attention("reference", torch.device("cpu"), torch.float64)
+    attend = dense_attention("reference", torch.device("cpu"), torch.float64, 16)
 
     def losses(rows):
         rows = torch.from_numpy(rows)
@@ -175,9 +177,44 @@ def test_changed_model_settings_are_refused_with_the_difference(corpus, tmp_path
     assert never.returncode == 2 and "resume=never" in never.stderr
 
 
+def test_changed_train_settings_are_refused_with_the_difference(corpus, tmp_path):
+    """Else a finished run with another seed would train nothing and bear the new seed's name."""
+    run = tmp_path / "run"
+    script(*command(corpus, run, "--max_steps=2"))
+    files = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    changed = ["--seed=2", "--learning_rate=0.5", "--batch_size=64"]
+    result = script(*command(corpus, run, "--max_steps=2", *changed), check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "seed: 1 there, 2 here; batch_size: 8 there, 64 here; learning_rate: 0.01 there, 0.5 here" in result.stderr
+    assert "give another out_dir" in result.stderr
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == files
+
+
+def test_a_run_goes_on_with_more_steps_and_with_what_moves_no_loss(corpus, tmp_path):
+    script(*command(corpus, tmp_path / "run", "--max_steps=2"))
+    moved = shutil.copytree(corpus, tmp_path / "moved")  # the data count by their content
+    free = ["--eval_interval=2", "--keep_checkpoints=5", "--micro_batch_size=4", "--attention_impl=reference", "--compile=off"]
+    assert "resumed at step 2" in script(*command(moved, tmp_path / "run", "--max_steps=4", *free)).stdout
+    meta = json.loads((moved / "meta.json").read_text())
+    meta["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (moved / "meta.json").write_text(json.dumps(meta))
+    other = script(*command(moved, tmp_path / "run", "--max_steps=6"), check=False)
+    assert other.returncode == 2 and re.search("mend: data: sha256 [0-9a-f]{12} there, sha256 [0-9a-f]{12} here$", other.stderr)
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_trained_is_refused(corpus, tmp_path):
+    run = tmp_path / "run"
+    script(*command(corpus, run, "--max_steps=2"))
+    state = run / "checkpoints" / "step-000002" / "state.json"
+    state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "train"}))
+    old = script(*command(corpus, run, "--max_steps=4"), check=False)
+    assert old.returncode == 2 and old.stderr.count("\n") == 1 and "lacks train" in old.stderr
+    script(*command(corpus, tmp_path / "new", "--max_steps=1", f"--init_from={run}"))
+
+
 def test_init_from_starts_at_the_weights_of_another_run(corpus, tmp_path):
     script(*command(corpus, tmp_path / "first", "--max_steps=40"))
-    script(*command(corpus, tmp_path / "second", "--max_steps=1", f"--init_from={tmp_path / 'first'}"))
+    script(*command(corpus, tmp_path / "second", "--max_steps=1", "--seed=2", "--beta1=0.8", f"--init_from={tmp_path / 'first'}"))
     assert metrics(tmp_path / "second")[1] < metrics(tmp_path / "first")[20]
     missing = script(*command(corpus, tmp_path / "third", f"--init_from={tmp_path / 'nowhere'}"), check=False)
     assert missing.returncode == 2 and "nowhere" in missing.stderr
