@@ -60,6 +60,7 @@ def test_the_switch_is_resolved_to_two_numbers(keys, n_kv_head, window):
         ({"attention": "gqa", "window": 64}, ["gqa", "64", "swa"]),
         ({"window_pattern": "LG"}, ["window_pattern", "LG", "swa"]),
         ({"attention": "swa", "window_pattern": "LX"}, ["window_pattern", "LX"]),
+        ({"attention": "swa", "window_pattern": "GGGL", "n_layer": 3}, ["window_pattern", "3 layers", "GGGL"]),
         ({"attention": "swa", "window": -1}, ["window", "-1"]),
         ({"n_embd": 100}, ["n_embd", "100", "n_head", "12"]),
         ({"n_layer": 0}, ["n_layer", "0"]),
@@ -259,3 +260,10 @@ def test_cost_formulas_of_gpt2():
     assert gpt2.num_params() == 124_439_808
     assert gpt2.kv_bytes_per_token(2) == 2 * 12 * 64 * 2 * 12 == 12 * mqa.kv_bytes_per_token(2)
     assert mean_visible_keys(4, 0) == 2.5 and mean_visible_keys(4, 2) == 7 / 4
+
+
+@pytest.mark.parametrize("device, head_dim", [("cpu", 64), ("cuda", 4), ("cuda", 264)])
+def test_kernels_that_cannot_run_are_refused_or_not_chosen(device, head_dim):
+    with pytest.raises(ValueError, match=f"got {device} and head_dim={head_dim}"):
+        dense_attention("triton", torch.device(device), torch.bfloat16, head_dim)
+    dense_attention("auto", torch.device(device), torch.bfloat16, head_dim)
