@@ -33,6 +33,8 @@ from runner import Piece, Runner, free_memory, page_bytes
 from sampling import ALTERNATIVES
 from sequence import Request, Sequence
 
+STEP_TOKENS = 2048  # that a step computes at most, unless an Engine is told otherwise
+
 
 @dataclass
 class Stats:
@@ -100,7 +102,7 @@ class Engine:
         model,
         num_pages=None,
         page_size=16,
-        max_tokens_per_step=2048,
+        max_tokens_per_step=STEP_TOKENS,
         vocab_size=0,
         max_window=0,
         *,
@@ -253,7 +255,8 @@ class Engine:
             n = self.tables.reserve(sequence, min(todo, budget))
             pieces.append(self.advance(sequence, n, draws=n == todo))
             budget -= n
-        self.count_pages()
+        if pieces:
+            self.count_pages()
         for piece in pieces:
             self.tables.slide(piece.sequence)
         for i, sequence in enumerate(drawing_of(pieces)):
@@ -346,6 +349,12 @@ def groups_of(config, max_window=0):
     return page_groups([min(window or max_window, max_window) if max_window else window for window in config.windows])
 
 
+def pages_of_prompts(groups, page_size, num_tokens):
+    """What windowed groups hold beside their windows while prompts of so many tokens are computed: a step's pieces of them.
+    With less room prompts take more steps, at worst one a page."""
+    return sum(group.window > 0 for group in groups) * pages_for(min(STEP_TOKENS, num_tokens), page_size)
+
+
 def generate(model, prompts, max_new_tokens, page_size=16, vocab_size=0, stop_tokens=(), seed=0, **drawing):
     """Continue lists of ids, all at once. Returns the lists of new ids.
 
@@ -356,8 +365,7 @@ def generate(model, prompts, max_new_tokens, page_size=16, vocab_size=0, stop_to
     """
     groups = groups_of(model.config)
     num_pages = sum(most_pages(groups, page_size, len(prompt) + max_new_tokens) for prompt in prompts)
-    windowed = sum(group.window > 0 for group in groups)  # these hold a step's pieces of prompts beside their windows
-    num_pages += windowed * pages_for(min(2048, sum(map(len, prompts))), page_size)
+    num_pages += pages_of_prompts(groups, page_size, sum(map(len, prompts)))
     engine = Engine(model, max(1, num_pages), page_size, vocab_size=vocab_size, graphs=False)
     sequences = [
         engine.add(Request(prompt, max_new_tokens, seed=seed + i, stop_tokens=stop_tokens, **drawing))

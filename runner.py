@@ -21,7 +21,7 @@ takes 0.1 to 0.3 s; the following ones replay it. The graphs share one pool of m
 """
 
 import os
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -61,8 +61,7 @@ class Block:
     """Named views of a step's block of int32 numbers: of a numpy array on the host, of a tensor on the device."""
 
     def __init__(self, shape, buffer, float32):
-        starts = np.cumsum([0, *map(aligned, sizes_of(shape))]).tolist()
-        views = iter([buffer[start : start + size] for start, size in zip(starts, sizes_of(shape))])
+        views = iter([buffer[place] for place in layout(shape)[0]])
         self.tokens, self.positions = next(views), next(views)  # (N,)
         self.slot_mapping = [next(views) for _ in shape.widths]  # (N,) a group
         self.seq_lens, self.cu_seqlens = next(views), next(views)  # (S,), (S + 1,)
@@ -71,13 +70,16 @@ class Block:
         self.limits = Limits(*(x if name == "top_k" else x.view(float32) for name, x in zip(Limits._fields, views)))
 
 
-def sizes_of(shape):
+@cache
+def layout(shape):
+    """(where the views of a step's block are, how long it is)"""
     N, S, D, widths = shape[:4]
-    return [N, N, *(N for _ in widths), S, S + 1, *(S * width for width in widths), D, *(D for _ in Limits._fields)]
-
-
-def aligned(size):
-    return -(-size // 16) * 16  # views begin at multiples of 64 bytes, so kernels are compiled for one alignment
+    sizes = [N, N, *(N for _ in widths), S, S + 1, *(S * width for width in widths), D, *(D for _ in Limits._fields)]
+    places, end = [], 0
+    for size in sizes:
+        places.append(slice(end, end + size))
+        end += -(-size // 16) * 16  # views begin at multiples of 64 bytes, so kernels are compiled for one alignment
+    return places, end
 
 
 def bucket(num_seqs):
@@ -155,7 +157,7 @@ class Runner:
         shape = self.shape_of(counts, int(seq_lens.max()))
 
         # memory of its own for every step: torch does not hand it out again before the copy to the device is over
-        host = torch.zeros(sum(map(aligned, sizes_of(shape))), dtype=torch.int32, pin_memory=self.on_cuda)
+        host = torch.zeros(layout(shape)[1], dtype=torch.int32, pin_memory=self.on_cuda)
         block = Block(shape, host.numpy(), np.float32)
         n = int(counts.sum())
         block.tokens[:n] = list(chain.from_iterable(piece.tokens for piece in pieces))

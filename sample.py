@@ -21,7 +21,7 @@ import checkpoint
 from config import UserError, parse, run
 from data.tokenizer import from_spec, utf8
 from device import pick_device, pick_dtype
-from engine import Engine, groups_of
+from engine import Engine, groups_of, pages_of_prompts
 from paging import most_pages
 from runner import page_bytes
 from sequence import Request
@@ -182,7 +182,8 @@ def make_engine(model, tokenizer, config, requests):
     bytes_per_page = page_bytes(model.config, groups, page_size, next(model.parameters()).dtype)
     if not num_pages:
         pages = [most_pages(groups, page_size, len(asked.prompt) + asked.max_new_tokens) for asked in requests]
-        num_pages = max(max(pages), min(sum(pages) * config.num_samples, CACHE_BYTES // bytes_per_page))
+        beside = pages_of_prompts(groups, page_size, sum(len(asked.prompt) for asked in requests))
+        num_pages = max(max(pages), min(sum(pages) * config.num_samples, CACHE_BYTES // bytes_per_page)) + beside
 
     def decode(ids):
         return b"".join(tokenizer.token_bytes(id) for id in ids)

@@ -160,7 +160,7 @@ def windows_make_cost_linear(sizes, device, dtype, rounds):
         "claim": "A sliding window makes attention's cost linear in n",
         "formula": "visible pairs: n w - w (w - 1) / 2 with a window w, n (n + 1) / 2 without",
         "measured": f"time grows with n^{slopes[sizes.window]:.2f} with a window, with n^{slopes[0]:.2f} without",
-        "because": f"the exponent is {slopes[sizes.window]:.2f}" if slopes[sizes.window] > 1.1 else "",
+        "because": "" if 0.9 <= slopes[sizes.window] <= 1.1 else f"the exponent is {slopes[sizes.window]:.2f}",
         "data": {"times_ms": [[w, n, ms] for (w, n), ms in times.items()]},
         "draw": lambda axis: lines(axis, series, "n", "ms, forward"),
     }

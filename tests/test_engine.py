@@ -849,8 +849,9 @@ def test_the_pool_may_be_a_share_of_the_free_memory(monkeypatch):
         Engine(counter(), memory_fraction=1.5)
 
 
-def test_the_unused_share_counts_slots_without_a_token():
-    engine = Engine(counter(), num_pages=20, page_size=4)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_unused_share_counts_slots_without_a_token(overlap):
+    engine = Engine(counter(), num_pages=20, page_size=4, overlap=overlap)
     engine.add(Request([1] * 6, 3))  # 6, 7 and 8 tokens in 2 pages
     while engine.has_work():
         engine.step()

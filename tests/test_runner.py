@@ -10,7 +10,7 @@ from test_engine import PAGE, POSITIONS, VARIANTS, check_engine, finish_all, mak
 from util import gpu
 
 from engine import Engine, Request
-from runner import Block, Graph, Shape, aligned, bucket, page_bytes, sizes_of
+from runner import Block, Graph, Shape, bucket, layout, page_bytes
 from sampling import ALTERNATIVES, Style
 
 
@@ -38,7 +38,7 @@ def test_buckets_are_few_and_seldom_much_too_large():
 
 def test_the_views_of_a_block_are_aligned_and_do_not_overlap():
     shape = Shape(5, 3, 2, (4, 7), 2, 256, Style())
-    buffer = torch.zeros(sum(map(aligned, sizes_of(shape))), dtype=torch.int32)
+    buffer = torch.zeros(layout(shape)[1], dtype=torch.int32)
     block = Block(shape, buffer, torch.float32)
     views = [block.tokens, block.positions, *block.slot_mapping, block.seq_lens, block.cu_seqlens, *block.page_tables]
     views += [block.last_rows, *block.limits]
@@ -46,7 +46,7 @@ def test_the_views_of_a_block_are_aligned_and_do_not_overlap():
         assert (view.data_ptr() - buffer.data_ptr()) % 64 == 0
         view += 1
     assert buffer.view(torch.float32).max() == 1 and max(view.max() for view in views) == 1
-    assert [view.numel() for view in views] == sizes_of(shape)
+    assert [view.numel() for view in views] == [5, 5, 5, 5, 3, 4, 12, 21, 2, 2, 2, 2, 2, 2]
     assert block.page_tables[1].shape == (3, 7) and block.limits.top_k.dtype == torch.int32
 
 

@@ -10,7 +10,7 @@ import checkpoint
 import sample
 from config import UserError
 from data.tokenizer import ByteTokenizer, CharTokenizer
-from engine import generate
+from engine import Request, generate
 from model import GPT, ModelConfig
 
 BYTES, CHARS = ByteTokenizer(), CharTokenizer("abcdefgh\n")
@@ -262,11 +262,11 @@ def test_text_that_only_begins_like_the_stop_text_is_given_out():
         ("chars", ["--max_new_tokens=50", "--num_pages=2"], "prompt 1: 1 prompt tokens and 50 new ones need 4 pages"),
         ("chars", ["--num_pages=100000000000000"], "no memory for a cache of 100000000000000 pages"),
         ("chars", [f"--num_pages={10**400}"], "no memory for a cache of 1000000"),
-        ("chars", [f"--page_size={10**30}"], "no memory for a cache of 1 pages"),
+        ("chars", [f"--page_size={10**30}"], "no memory for a cache of 2 pages"),
         (
             "chars",
             [f"--max_new_tokens={10**15}", f"--max_window={10**15}"],
-            "no memory for a cache of 62500000000001 pages",
+            "no memory for a cache of 62500000000002 pages",
         ),
         ("learned", ["--prompt=abc", "--max_new_tokens=62"], "prompt 1: .* more than the 64 learned positions"),
         ("learned", [f"--prompt={'a' * 64}"], "prompt 1: .* more than the 64 learned positions"),
@@ -323,3 +323,17 @@ def test_as_a_program(runs):
     assert result.returncode == 2 and result.stderr.startswith("error: prompt 1") and result.stderr.count("\n") == 1
     shown = script("sample.py", "--help").stdout
     assert all(f"--{field.name}=" in shown for field in dataclasses.fields(sample.SampleConfig))
+
+
+@pytest.mark.parametrize("attention", ["mha", "swa"])
+def test_a_long_prompt_is_computed_in_few_steps(attention):
+    """The pool that sample.py chooses has room for pieces of prompts beside the windows."""
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, max_seq_len=32, vocab_size=257, pos="rope", attention=attention)).eval()
+    asked = Request([1] * 1000, 3)
+    engine = sample.make_engine(model, ByteTokenizer(), sample.SampleConfig(), [asked])
+    sequence = engine.add(asked)
+    steps = 0
+    while not sequence.generated:
+        engine.step()
+        steps += 1
+    assert steps <= 4
