@@ -21,7 +21,7 @@ takes 0.1 to 0.3 s; the following ones replay it. The graphs share one pool of m
 """
 
 import os
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class Block:
         self.limits = Limits(*(x if name == "top_k" else x.view(float32) for name, x in zip(Limits._fields, views)))
 
 
-@cache
+@lru_cache(maxsize=1024)  # steps that decode come again and again, those with prompts seldom
 def layout(shape):
     """(where the views of a step's block are, how long it is)"""
     N, S, D, widths = shape[:4]
