@@ -224,6 +224,7 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.stages = [tuple(self.blocks)]  # run one after the other, each by one call of `run_blocks`
         self.norm = make_norm(config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -231,11 +232,10 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets, attend):
         """Cross-entropy of every position: tokens and targets (B, T) ids to (B, T) float32 losses in nats."""
-        logits = self.logits(self.features(tokens, attend))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+        return self.losses(self.features(tokens, attend), targets)
 
     def features(self, tokens, attend, positions=None):
-        """Final hidden states.
+        """The residual stream behind the last Block.
 
         tokens:    (B, T) ids
         attend:    attend(layer, q, k, v, window) with q (B, T, H, D), k and v (B, T, H_kv, D) gives (B, T, H, D)
@@ -245,16 +245,41 @@ class GPT(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.tok_emb(tokens)
-        rope = None
+        x, rope = self.embed(tokens, positions)
+        for blocks in self.stages:
+            x = self.run_blocks(blocks, x, rope, attend)
+        return x
+
+    def embed(self, tokens, positions):
+        """Ids to the residual stream, and the rotary angles that all layers share, or None."""
+        x, rope = self.tok_emb(tokens), None
         if self.pos_emb is not None:
             x = x + self.pos_emb(positions)
         else:
             rope = rope_angles(positions, self.config)
-        x = self.dropout(x)
-        for block in self.blocks:
+        return self.dropout(x), rope
+
+    @staticmethod
+    def run_blocks(blocks, x, rope, attend):
+        for block in blocks:
             x = block(x, rope, attend)
-        return self.norm(x)
+        return x
+
+    def logits(self, x):
+        """(..., n_embd) of the residual stream to (..., vocab_size) unnormalised log-probabilities."""
+        return self.head(self.norm(x))
+
+    def losses(self, x, targets):
+        logits = self.logits(x)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+
+    def compile_stages(self, together=4):
+        """Compile for training: what lies before the Blocks, so many Blocks at a time, and what lies behind them. Stages
+        whose windows are the same share a compilation. All Blocks at once would take longer to compile, and one by one
+        each would write the residual stream for the next to read."""
+        self.stages = [tuple(self.blocks[i : i + together]) for i in range(0, len(self.blocks), together)]
+        for name in ("embed", "run_blocks", "losses"):
+            setattr(self, name, torch.compile(getattr(self, name)))
 
     def compile_blocks(self):
         """Fuse what lies before and after attention, for decoding. Neither half knows its layer or its window, so one
@@ -264,10 +289,6 @@ class GPT(nn.Module):
             for half in ("before", "after"):
                 part = getattr(Block, half).__get__(block)
                 setattr(block, half, torch.compile(part, dynamic=True, options={"coordinate_descent_tuning": True}))
-
-    def logits(self, x):
-        """(..., n_embd) hidden states to (..., vocab_size) unnormalised log-probabilities."""
-        return self.head(x)
 
     @torch.no_grad()
     def init_weights(self, seed):

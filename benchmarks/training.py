@@ -50,13 +50,13 @@ def make_step(shape, peer, tokens):
     model = GPT(shape)
     model.init_weights(1)
     model.to(tokens.device)
-    net = torch.compile(model)
+    model.compile_stages()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, betas=(0.9, 0.95), fused=True)
     attend = dense_attention("triton", tokens.device, torch.bfloat16, shape.head_dim) if peer == "ours" else sdpa_attend(BACKENDS[peer])
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
-            loss = net(tokens[:, :-1], tokens[:, 1:], attend).mean()
+            loss = model(tokens[:, :-1], tokens[:, 1:], attend).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -17,12 +17,12 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if (
-            x.device.type == "cpu"
+            not torch.compiler.is_compiling()  # the compiler has its own choice, and cannot trace the questions below
+            and x.device.type == "cpu"
             and x.dtype == torch.float32
             and x.numel() * self.out_features >= WORTH_IT
             and torch.backends.mkldnn.is_available()
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
         ):
             return Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

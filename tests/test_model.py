@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -267,3 +268,22 @@ def test_kernels_that_cannot_run_are_refused_or_not_chosen(device, head_dim):
     with pytest.raises(ValueError, match=f"got {device} and head_dim={head_dim}"):
         dense_attention("triton", torch.device(device), torch.bfloat16, head_dim)
     dense_attention("auto", torch.device(device), torch.bfloat16, head_dim)
+
+
+@pytest.mark.parametrize("keys", [{}, {"attention": "swa", "window": 5, "window_pattern": "LLLG", **MODERN}])
+def test_compiled_stages_give_the_same_gradients_and_share_a_compilation(keys, monkeypatch):
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    eager, compiled = make(n_layer=8, **keys), make(n_layer=8, **keys)
+    compiled.compile_stages(together=4)
+    x, y = tokens(2, 32), tokens(2, 32, seed=1)
+    for model in (eager, compiled):
+        model(x, y, attend).mean().backward()
+    assert len(compilations) == 3  # before, within and behind the Blocks
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
