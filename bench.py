@@ -11,8 +11,9 @@ tables:    nothing is measured: the files in results/ become the tables of the R
 Each writes a file of this name below results/, where the name may say the device, and most a plot beside it. "GPU" needs an
 NVIDIA GPU.
 
-Everything is validated before it is timed. Times are medians over rounds in which all contestants take turns, so that a
-change of the clock meets all of them. The last line printed is JSON.
+What is timed is validated first, except in claims, which times what the others validate. Times are medians over rounds in
+which all contestants take turns, so that a change of the clock meets all of them; but where each of them fills the memory, in
+variants and on a GPU in engine, they come one after the other. The last line printed is JSON.
 """
 
 from dataclasses import dataclass

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Annotated
 
 from benchmarks import markdown
-from benchmarks.runs import by_variant, distinct, load, objections, read_json
+from benchmarks.plots import pyplot
+from benchmarks.runs import by_variant, distinct, lacking, load, objections, read_json
 from config import UserError, parse, run
 
 
@@ -129,6 +130,15 @@ def row_of(label, group, target_loss, decode):
     }
 
 
+# What is taken from the file of bench.py variants, and from each of its rows.
+DECODE = {
+    **dict.fromkeys(("shape.n_layer", "shape.n_embd", "shape.n_head", "shape.max_seq_len", "tokens"), int),
+    "device": str,
+    "rows": list,
+}
+DECODE_ROW = {"attention": str, "n_kv_head": int, "window": int, "window_pattern": str, "decode_tokens_per_s": dict}
+
+
 def read_decode(path, required):
     """What bench.py variants wrote, or None."""
     if not Path(path).is_file():
@@ -136,11 +146,16 @@ def read_decode(path, required):
             raise UserError(f"no file {path}; python bench.py variants writes it")
         return None
     found = read_json(Path(path))
-    whole = isinstance(found, dict) and {"shape", "tokens", "device", "rows"} <= found.keys()
-    needed = {"attention", "n_kv_head", "window", "window_pattern", "decode_tokens_per_s"}
-    if not whole or not all(needed <= row.keys() for row in found["rows"]):
+    if lacking(found, DECODE) or not all(is_decode_row(row) for row in found["rows"]):
         raise UserError(f"{path} holds no decoding speeds; python bench.py variants writes them")
     return found
+
+
+def is_decode_row(row):
+    def is_speed(batch, speed):
+        return batch.isdecimal() and isinstance(speed, int | float | None)
+
+    return not lacking(row, DECODE_ROW) and all(is_speed(*item) for item in row["decode_tokens_per_s"].items())
 
 
 def decode_speeds(decode, model):
@@ -316,11 +331,7 @@ def write(out, results, runs):
 
 def plot(variants, results, path):
     """The curves, as PNG and as SVG. The same results give the same files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     plt.rcParams.update({"svg.hashsalt": "compare.py", "axes.grid": True, "grid.alpha": 0.3})
     figure, ((tokens, time), (cache, decode)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     early = []  # losses after a third of the run: what is higher would flatten all that counts

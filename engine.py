@@ -38,7 +38,7 @@ STEP_TOKENS = 2048  # that a step computes at most, unless an Engine is told oth
 
 @dataclass
 class Stats:
-    """What the engine did since it was made. A step with any piece of a prompt in it counts as prefill.
+    """What the engine did since it was made. A step in which a sequence computes several tokens counts as prefill.
 
     The time of a step ends when it is read. It begins when the one before it was read, or, where no step was under way
     any more, with its own launch: so the times of all steps add up to that on the clock, but for pauses without work.
@@ -51,10 +51,15 @@ class Stats:
     preemptions: int = 0
     found_tokens: int = 0  # of prompts and preempted sequences, found in the cache instead of computed
     peak_pages: int = 0
-    held_slots: int = 0  # slots of held pages, summed over steps and groups of layers
+    # A slot takes K and V of a token, for one group of layers. Slots are summed over steps.
+    held_slots: int = 0  # of held pages; sequences that share a page hold it once
     unused_slots: int = 0  # those of them that hold no token
-    tokens: int = 0  # tokens in the cache, summed over steps
-    reserved_tokens: int = 0  # max_seq_len for each running sequence, or its length if that is more, summed over steps
+    reserved_tokens: int = 0  # slots, had each running sequence max_seq_len in each group, or its length if that is more
+
+    @property
+    def tokens(self):
+        """Held slots with a token in them."""
+        return self.held_slots - self.unused_slots
 
     @property
     def unused_share(self):
@@ -86,7 +91,7 @@ class Engine:
     vocab_size:          ids from here on are neither taken nor drawn (padding of the vocabulary); 0: the model's
     max_window:          keys that any layer sees at most; 0: as the layer says
     max_num_seqs:        sequences that run at once, at most
-    decode:              ids to text, str or bytes; only stop strings and `Sequence.text` need it
+    decode:              ids to bytes of text; only stop strings and `Sequence.text` need it
     attention:           "auto", "triton", "sdpa" or "reference", as in `runner.Runner`
     overlap:             launch a step before the one before it is read; None: on CUDA
     graphs:              replay decode steps as CUDA graphs, where attention is Triton's
@@ -148,15 +153,10 @@ class Engine:
 
     def add(self, request):
         """Queue a request. Returns its Sequence; raises ValueError, with one line, when it could never be served."""
-        return self.add_samples(request, 1)[0]
-
-    def add_samples(self, request, n):
-        """Queue n samples of a request, which share the pages of its prompt; sample i draws with seed + i. Returns
-        their Sequences; raises as `add` does."""
         self.check(request)
-        sequences = [Sequence(request, request.seed + i) for i in range(n)]
-        self.waiting += sequences
-        return sequences
+        sequence = Sequence(request)
+        self.waiting.append(sequence)
+        return sequence
 
     def check(self, request):
         config, prompt = self.model.config, request.prompt
@@ -178,12 +178,9 @@ class Engine:
             raise ValueError(f"min_p takes a share in [0, 1], got {request.min_p}")
         if request.logprobs is not None and not 0 <= request.logprobs <= ALTERNATIVES:
             raise ValueError(f"logprobs takes None or 0 to {ALTERNATIVES}, got {request.logprobs}")
-        if request.stop_strings and not (self.decode and all(request.stop_strings)):
-            raise ValueError("stop_strings takes texts that are not empty, and an Engine that was given decode")
-        kind = type(self.decode(prompt[:1])) if request.stop_strings else str
-        wrong = [stop for stop in request.stop_strings if not isinstance(stop, kind)]
-        if wrong:
-            raise ValueError(f"stop_strings takes {kind.__name__}, as decode gives, got {wrong[0]!r}")
+        stops = request.stop_strings
+        if stops and not (self.decode and all(isinstance(stop, bytes) and stop for stop in stops)):
+            raise ValueError("stop_strings takes bytes that are not empty, and an Engine that was given decode")
         total = len(prompt) + request.max_new_tokens
         lengths = f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones"
         if config.pos == "learned" and total > config.max_seq_len:
@@ -285,14 +282,15 @@ class Engine:
     def count_pages(self):
         """Take stock while all pages of the step are held."""
         stats, page_size, reserved = self.stats, self.tables.page_size, self.model.config.max_seq_len
-        held = self.tables.allocator.num_held
+        held, num_groups = self.tables.allocator.num_held, len(self.tables.groups)
         stats.peak_pages = max(stats.peak_pages, held)
         stats.held_slots += held * page_size
         lengths = [sequence.num_computed for sequence in self.running]
-        slots = page_size * sum(sequence.row.end for sequence in self.running)
-        stats.unused_slots += (slots - sum(lengths)) * len(self.tables.groups)
-        stats.tokens += sum(lengths)
-        stats.reserved_tokens += reserved * len(lengths) + sum(n - reserved for n in lengths if n > reserved)
+        # only a sequence's last page has unused slots: it has them in every group, and shares it with nobody
+        slots = page_size * sum([sequence.row.end for sequence in self.running])
+        stats.unused_slots += (slots - sum(lengths)) * num_groups
+        longer = sum([n - reserved for n in lengths if n > reserved])
+        stats.reserved_tokens += (reserved * len(lengths) + longer) * num_groups
 
     def postprocess(self, pieces, ids=(), *logprobs):
         """Append the drawn tokens in order and let go of the sequences that have ended."""

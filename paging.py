@@ -54,11 +54,15 @@ def pages_for(num_tokens, page_size):
     return -(-num_tokens // page_size)
 
 
+def most_touched(num_positions, page_size):
+    """Pages that so many positions in a row touch at most, which is when they begin at the last slot of one."""
+    return (num_positions + page_size - 2) // page_size + 1
+
+
 def most_pages(groups, page_size, num_tokens):
     """Pages that a sequence of num_tokens tokens has to hold at most, computed token by token."""
     pages = pages_for(num_tokens, page_size)
-    # `window` positions in a row touch most pages when they begin at the last slot of one
-    return sum(min(pages, (g.window + page_size - 2) // page_size + 1) if g.window else pages for g in groups)
+    return sum(min(pages, most_touched(group.window, page_size)) if group.window else pages for group in groups)
 
 
 class PageAllocator:

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from config import UserError
 from kernels.choice import triton_takes
-from paging import pages_for
-from sampling import Limits, Style, draw, logprobs, style_of, uniform
+from paging import most_touched, pages_for
+from sampling import Limits, Style, draw, logprobs, states_of, style_of, uniform
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 SHORTEST = 256  # graphs are made for lengths up to this, twice this, four times this, ..
@@ -39,7 +40,7 @@ SHORTEST = 256  # graphs are made for lengths up to this, twice this, four times
 class Piece(NamedTuple):
     """A sequence's share of a step: its next tokens, and whether one is drawn behind them."""
 
-    sequence: object  # its .row in the page tables, .request, .seed and .num_prompt
+    sequence: object  # its .row in the page tables, .request and .num_prompt
     start: int  # position of the first token
     tokens: list[int]  # ids, the last one perhaps as -1 - i
     draws: bool
@@ -119,8 +120,14 @@ class Runner:
         self.place = {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
         shape = (num_pages, page_size, config.n_kv_head, config.head_dim)
         layers = range(len(groups[0].layers))
-        self.k = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in layers]
-        self.v = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in layers]
+        try:
+            self.k = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in layers]
+            self.v = [torch.empty(shape, dtype=weight.dtype, device=self.device) for _ in layers]
+        except (RuntimeError, TypeError):  # memory is out; nobody has so much: more than 64 bits can count
+            need = num_pages * page_bytes(config, groups, page_size, weight.dtype) // 2**20
+            raise UserError(
+                f"no memory for a cache of {num_pages} pages, {need:,} MiB; ask for fewer tokens or give a smaller num_pages"
+            ) from None
         self.drawn = torch.zeros(bucket(max_num_seqs), dtype=torch.int32, device=self.device)  # by the step before
         self.drawing = Drawing([], vocab_size)  # of the step before
         self.draw = torch.compile(draw) if compile else draw
@@ -194,8 +201,8 @@ class Runner:
         longest_query = int(counts.max())
         widths = [pages_for(longest, self.page_size)] * len(self.groups)
         for g, group in enumerate(self.groups):
-            if group.window:  # so many positions, which may begin in the middle of a page
-                widths[g] = pages_for(min(longest, group.window + longest_query), self.page_size) + 1
+            if group.window:  # the first query token sees window - 1 positions before those of the queries
+                widths[g] = min(widths[g], most_touched(group.window - 1 + longest_query, self.page_size))
         return Shape(num_tokens, num_seqs, num_draws, tuple(widths), longest_query, longest, self.drawing.style)
 
     @torch.inference_mode()
@@ -214,7 +221,8 @@ class Runner:
         ids = self.draw(logits, block.limits, shape.style)
         tokens = ids.clamp(min=0)  # -1 has neither embedding nor logit
         self.drawn[: shape.num_draws] = tokens
-        return (ids, *logprobs(logits, tokens)) if shape.style.logprobs else (ids,)
+        alternatives = shape.style.logprobs
+        return (ids,) if alternatives is None else (ids, *logprobs(logits, tokens, alternatives))
 
     def attend(self, shape, block, lengths, layer, q, k, v, window):
         """The `attend` of a step, once it is bound to it: q (1, N, H, D), k and v (1, N, H_kv, D) to (1, N, H, D)."""
@@ -248,7 +256,7 @@ class Drawing:
             "top_p": np.array([r.top_p for r in requests], dtype=np.float32),
             "min_p": np.array([r.min_p for r in requests], dtype=np.float32),
         }
-        self.seeds = np.array([sequence.seed % 2**64 for sequence in sequences], dtype=np.uint64)
+        self.states = states_of([r.seed for r in requests])
         self.prompts = np.array([sequence.num_prompt for sequence in sequences], dtype=np.int64)
 
     def fill(self, limits, seq_lens):
@@ -256,7 +264,7 @@ class Drawing:
         n = len(self.sequences)
         for name, values in self.limits.items():
             getattr(limits, name)[:n] = values
-        limits.uniform[:n] = uniform(self.seeds, (seq_lens - self.prompts).astype(np.uint64))
+        limits.uniform[:n] = uniform(self.states, (seq_lens - self.prompts).astype(np.uint64))
 
 
 class Drawn:

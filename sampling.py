@@ -17,6 +17,7 @@ import torch
 WIDTHS = (64, 1024)  # numbers of logits that top_k and top_p may sort; beyond, and for top_p alone, all of them
 CHUNK = 512  # tokens whose probabilities are first added up, then searched; two short searches instead of a long one
 ALTERNATIVES = 20  # most log-probabilities beside that of the drawn token
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # by which SplitMix64 goes on: 2^64 / the golden ratio
 
 
 class Style(NamedTuple):
@@ -24,7 +25,7 @@ class Style(NamedTuple):
 
     draws: bool = False  # a temperature above 0
     width: int = 0  # logits in order that top_k and top_p need; 0: none
-    logprobs: bool = False
+    logprobs: int | None = None  # of drawn tokens, and of so many likeliest ones: 0 or ALTERNATIVES, so that shapes are few
 
 
 class Limits(NamedTuple):
@@ -44,18 +45,23 @@ def style_of(requests, vocab_size):
             width = max(width, min(r.top_k or vocab_size, vocab_size))
     if width:
         width = min(next((w for w in WIDTHS if w >= width), vocab_size), vocab_size)
-    return Style(any(r.temperature for r in requests), width, any(r.logprobs is not None for r in requests))
+    asked = [r.logprobs for r in requests if r.logprobs is not None]
+    return Style(any(r.temperature for r in requests), width, (ALTERNATIVES if any(asked) else 0) if asked else None)
 
 
-def uniform(seeds, indices):
-    """Numbers in [0, 1), hashes of (seed, index): uint64 arrays (n,) to float32 (n,). They have 23 bits, so that
+def states_of(seeds):
+    """Where the numbers of each seed begin: at a hash of it, so that no seed's numbers are another's from some index on."""
+    return mixed(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
+
+
+def uniform(states, indices):
+    """Numbers in [0, 1), hashes of (state, index): uint64 arrays (n,) to float32 (n,). They have 23 bits, so that
     u * x < x in float32 for every x > 0.
 
-    Number `index` of SplitMix64 (Steele et al. 2014), begun at the hash of the seed, so that neighbouring seeds begin
-    far apart. On the host, for all rows at once: uint64 wraps around, as it is meant to.
+    Number `index` of SplitMix64 (Steele et al. 2014), begun at `states_of` a seed. On the host, for all rows at once:
+    uint64 wraps around, as it is meant to.
     """
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    hashes = mixed(mixed(seeds) + (indices + np.uint64(1)) * golden)
+    hashes = mixed(states + (indices + np.uint64(1)) * GOLDEN)
     return (hashes >> np.uint64(41)).astype(np.float32) / np.float32(2**23)
 
 
@@ -120,9 +126,9 @@ def invert_cdf(weights, u):
     return (chunk * CHUNK + inside.minimum(last))[:, 0].clamp(max=vocab - 1)
 
 
-def logprobs(logits, ids):
+def logprobs(logits, ids, alternatives):
     """Natural log-probabilities by the model itself, whatever the temperature and limits: of the drawn ids (n,), and
-    those of the likeliest tokens with their ids, (n, ALTERNATIVES) each, or fewer in a smaller vocabulary."""
+    those of the likeliest tokens with their ids, (n, alternatives) each, or fewer in a smaller vocabulary."""
     logits = logits.float().log_softmax(dim=-1)
-    best = logits.topk(min(ALTERNATIVES, logits.shape[1]))
+    best = logits.topk(min(alternatives, logits.shape[1]))
     return logits.gather(1, ids[:, None])[:, 0], best.values, best.indices

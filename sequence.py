@@ -15,16 +15,15 @@ class Request:
     min_p: float = 0.0  # draw among tokens at least this many times as likely as the likeliest
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()  # one of these ends the sequence and is not part of it
-    stop_strings: tuple = ()  # so does one of these, str or bytes as `decode` of the engine gives
+    stop_strings: tuple[bytes, ...] = ()  # so does one of these, in what the engine's `decode` makes of the tokens
     logprobs: int | None = None  # log-probabilities of the drawn tokens, and of so many likeliest ones
 
 
 class Sequence:
     """A request on its way."""
 
-    def __init__(self, request, seed):
+    def __init__(self, request):
         self.request = request
-        self.seed = seed
         self.num_prompt = len(request.prompt)
         self.longest = self.num_prompt + request.max_new_tokens  # tokens with which it ends at the latest
         self.tokens = list(request.prompt)  # and what was generated, as far as it is read
@@ -49,7 +48,7 @@ class Sequence:
     def ends_in_stop_string(self, decode):
         """Whether the newest token completes a stop string. Decodes no more of the text's end than it must."""
         stops, ids = self.request.stop_strings, self.generated
-        longest = max(len(stop.encode() if isinstance(stop, str) else stop) for stop in stops)
+        longest = max(map(len, stops))
         count = longest + 1  # tokens, of a byte at least ..
         while len(text := decode(ids[-count:])) <= longest and count < len(ids):
             count *= 2  # .. but for those that decode to nothing

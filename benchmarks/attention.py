@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import captured, median_ms, write_results
+from benchmarks.plots import pyplot
 from kernels import reference
 
 Shape = namedtuple("Shape", "B H H_kv T D window")
@@ -159,11 +160,7 @@ def compiled_flex():
 
 
 def plot_attention(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     panels = ((SWEEP, "forward_tflops"), (SWEEP, "backward_tflops"), (WINDOWED, "forward_ms"))
     for axis, (shapes, key) in zip(axes, panels, strict=True):

@@ -19,6 +19,7 @@ from benchmarks.claims_training import (
     windows_make_cost_linear,
 )
 from benchmarks.measure import write_results
+from benchmarks.plots import pyplot
 from device import pick_device, pick_dtype
 
 CLAIMS = (
@@ -105,11 +106,7 @@ def bench_claims(config):
 
 
 def draw(answers, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, math.ceil(len(answers) / 2), figsize=(20, 9), layout="constrained")
     for axis, answer in zip(axes.flat, answers, strict=False):
         answer.draw(axis)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import captured, median_ms
+from benchmarks.measure import captured, forget_compiled, median_ms
 from benchmarks.plots import bars, lines
 from kernels import reference, sdpa
 from model import GPT, ModelConfig
@@ -92,22 +92,28 @@ def attention_costs_n2d_and_nd2(sizes, device, dtype, rounds):
         torch.linalg.lstsq(terms / scale, torch.ones(len(shapes), 1, dtype=torch.float64)).solution[:, 0] / scale
     ).tolist()
     off = {(n, d): (a * n * n * d + b * n * d * d) / times[n, d] - 1 for n, d in shapes}
-    n, d = worst = max(off, key=lambda shape: abs(off[shape]))
-    because = ""
-    if miscounted:
-        because = f"the counted operations differ at n, d = {miscounted[0]}"
-    elif abs(off[worst]) > 0.25 or min(a, b) < 0:
-        because = f"of operations it is true, of time not: the best fit is {off[worst]:+.0%} off at n {n}, d {d}"
     series = {f"d {d}": [(n, times[n, d]) for n in sizes.lengths] for d in sizes.widths}
     return {
         "claim": "Attention's cost grows with n^2 d + n d^2",
         "formula": "operations of a layer = 4 n^2 d (scores, weighted sum; causality needs half) + 8 n d^2 (projections)",
         "measured": f"counted exactly so at {len(shapes) - len(miscounted)} of {len(shapes)} shapes; time fits "
-        f"{a:.2g} n^2 d + {b:.2g} n d^2 ms to within {abs(off[worst]):.0%}",
-        "because": because,
+        f"{a:.2g} n^2 d + {b:.2g} n d^2 ms to within {max(map(abs, off.values())):.0%}",
+        "because": cost_objection(miscounted, off, (a, b)),
         "data": {"times_ms": [[n, d, times[n, d]] for n, d in shapes], "a": a, "b": b},
         "draw": lambda axis: lines(axis, series, "n", "ms a layer, forward"),
     }
+
+
+def cost_objection(miscounted, off, fit):
+    """off: {(n, d): relative error of the fitted time}"""
+    worst = max(off, key=lambda shape: abs(off[shape]))
+    if miscounted:
+        return f"the counted operations differ at n, d = {miscounted[0]}"
+    if min(fit) < 0:
+        return f"of operations it is true, of time not: the best a and b are {fit[0]:.2g} and {fit[1]:.2g}"
+    if abs(off[worst]) > 0.25:
+        return f"of operations it is true, of time not: the best fit is {off[worst]:+.1%} off at n, d = {worst}"
+    return ""
 
 
 def gqa_trains_as_fast(sizes, device, dtype, rounds):
@@ -119,20 +125,27 @@ def gqa_trains_as_fast(sizes, device, dtype, rounds):
     for attention in ("mha", "gqa", "mqa"):
         model = GPT(ModelConfig(**shape, attention=attention))
         model.init_weights(1)
-        net = torch.compile(model.to(device)) if device.type == "cuda" else model
-        calls[attention] = partial(forward_backward, net, tokens, by_impl(attention_of(device)), dtype)
+        model.to(device)
+        if device.type == "cuda":
+            model.compile_stages()
+        calls[attention] = partial(forward_backward, model, tokens, by_impl(attention_of(device)), dtype)
     times = milliseconds_as_called(calls, rounds, device)
-    torch._dynamo.reset()  # and with it the compiled models
+    calls.clear()
+    forget_compiled()
     speeds = {attention: tokens[:, 1:].numel() / ms * 1e3 for attention, ms in times.items()}
     ratio = speeds["gqa"] / speeds["mqa"]
     return {
         "claim": "GQA trains as fast as MQA",
         "formula": "the same scores; K and V projections grow from 1 to n_kv_head heads, a few percent of all operations",
         "measured": f"{', '.join(f'{name} {speed:,.0f}' for name, speed in speeds.items())} tokens/s: GQA at {ratio:.0%} of MQA",
-        "because": f"it trains at {ratio:.0%} of MQA's speed" if ratio < 0.95 else "",
+        "because": training_objection(ratio),
         "data": {"tokens_per_s": speeds},
         "draw": lambda axis: bars(axis, speeds, "training tokens/s"),
     }
+
+
+def training_objection(ratio):
+    return "" if ratio >= 0.95 else f"it trains at {ratio:.1%} of MQA's speed"
 
 
 @torch.enable_grad()
@@ -144,7 +157,7 @@ def forward_backward(net, tokens, attend, dtype):
 
 
 def windows_make_cost_linear(sizes, device, dtype, rounds):
-    """The exponent of n between the two longest sequences. Linear: below 1.1."""
+    """The exponent of n between the two longest sequences. Linear: 0.9 to 1.1."""
     attention = attention_of(device)
     calls = {}
     for n in sizes.windowed_lengths:
@@ -160,27 +173,36 @@ def windows_make_cost_linear(sizes, device, dtype, rounds):
         "claim": "A sliding window makes attention's cost linear in n",
         "formula": "visible pairs: n w - w (w - 1) / 2 with a window w, n (n + 1) / 2 without",
         "measured": f"time grows with n^{slopes[sizes.window]:.2f} with a window, with n^{slopes[0]:.2f} without",
-        "because": "" if 0.9 <= slopes[sizes.window] <= 1.1 else f"the exponent is {slopes[sizes.window]:.2f}",
+        "because": linear_objection(slopes[sizes.window]),
         "data": {"times_ms": [[w, n, ms] for (w, n), ms in times.items()]},
         "draw": lambda axis: lines(axis, series, "n", "ms, forward"),
     }
+
+
+def linear_objection(exponent):
+    return "" if 0.9 <= exponent <= 1.1 else f"the exponent is {exponent:.3f}"
 
 
 def information_travels_by_layers(sizes, device, dtype, rounds):
     """How far back the last token's features have a gradient, in float64, where no small number is rounded away."""
     window, depths = 5, (1, 2, 3, 4)
     seen = {layers: receptive_field(layers, window) for layers in depths}
-    wrong = [layers for layers in depths if seen[layers] != layers * (window - 1) + 1]
     return {
         "claim": "Information travels window - 1 tokens a layer",
         "formula": "receptive field = n_layer (window - 1) + 1 tokens, the token itself included",
         "measured": f"window {window}: {', '.join(f'depth {n} sees {tokens} tokens' for n, tokens in seen.items())}",
-        "because": f"depth {wrong[0]} sees {seen[wrong[0]]} tokens" if wrong else "",
+        "because": travel_objection(seen, window),
         "data": {"window": window, "tokens_by_layers": seen},
         "draw": lambda axis: bars(
             axis, {f"depth {n}": tokens for n, tokens in seen.items()}, f"tokens, window {window}"
         ),
     }
+
+
+def travel_objection(seen, window):
+    """seen: {layers: tokens}"""
+    wrong = [layers for layers in seen if seen[layers] != layers * (window - 1) + 1]
+    return f"depth {wrong[0]} sees {seen[wrong[0]]} tokens" if wrong else ""
 
 
 @torch.enable_grad()
@@ -219,15 +241,9 @@ def flash_never_holds_n_by_n(sizes, device, dtype, rounds):
     target = torch.empty_like(source)
     times = milliseconds({**calls, "copy": partial(target.copy_, source)}, rounds, device)
     bandwidth = 2 * source.nbytes / times["copy"]  # bytes a millisecond
-    *_, before, n = sizes.lengths
+    n = max(sizes.lengths)
     pairs = H * n * (n + 1) // 2
     moved, scores = times[n] * bandwidth, pairs * (4 + dtype.itemsize)
-    growth = held[n] / held[before]
-    because = ""
-    if growth > 1.1 * n / before:
-        because = f"memory grows by {growth:.1f} from {before} to {n} tokens"
-    elif moved >= scores:
-        because = f"in its time at n {n} {moved / 1e9:.3g} GB could move, and it computes with {scores / 1e9:.3g} GB"
     series = {"FlashAttention": list(held.items()), "the formula": list(formula_held.items())}
     series["one n x n of each head"] = [(n, H * n * n * dtype.itemsize) for n in sizes.lengths]
     return {
@@ -237,7 +253,7 @@ def flash_never_holds_n_by_n(sizes, device, dtype, rounds):
         "measured": f"n {n}, {H} heads: at most {moved / 1e9:.3g} GB moved for {scores / 1e9:.3g} GB of scores and "
         f"exponentials, so at least {4 * D * pairs / moved:.3g} operations a byte; {held[n] / 2**20:.3g} MiB held, where one n x n of each head "
         f"is {H * n * n * dtype.itemsize / 2**20:.3g} MiB",
-        "because": because,
+        "because": flash_objection(held, moved, scores),
         "data": {
             "held_bytes": held,
             "formula_held_bytes": formula_held,
@@ -246,6 +262,16 @@ def flash_never_holds_n_by_n(sizes, device, dtype, rounds):
         },
         "draw": lambda axis: lines(axis, series, "n", "bytes held besides q, k, v"),
     }
+
+
+def flash_objection(held, moved, scores):
+    """held: {n: bytes}, the longest n last; moved and scores: bytes at that n"""
+    *_, before, n = held
+    if held[n] / held[before] > 1.1 * n / before:
+        return f"memory grows by {held[n] / held[before]:.2f} from {before} to {n} tokens"
+    if moved >= scores:
+        return f"in its time at n {n} {moved / 1e9:.3g} GB could move, and it computes with {scores / 1e9:.3g} GB"
+    return ""
 
 
 class LargestTensor(TorchDispatchMode):

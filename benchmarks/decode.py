@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import captured, median_ms, write_results
+from benchmarks.plots import pyplot
 from kernels import reference
 from kernels.paged_attention import paged_attention, write_pages
 
@@ -166,11 +167,7 @@ def window_spread(rows):
 
 
 def plot_decode(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     ours = {shape_of(row): row for row in rows if row["peer"] == "ours"}
     names = [", ".join(map(str, shape)) for shape in SHAPES]

@@ -4,12 +4,14 @@ import itertools
 import random
 import statistics
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.measure import write_results
+from benchmarks.measure import forget_compiled, frozen_objects, write_results
+from benchmarks.plots import pyplot
 from device import pick_device, pick_dtype
 from engine import Engine, Request, Stats, generate
 from kernels import reference
@@ -91,7 +93,7 @@ def bench_loads(config, device):
             rows.append(row)
             show(row)
         del model
-        torch._dynamo.reset()  # and with it what was compiled for this model
+        forget_compiled()
     write_results(Path(config.out_dir, f"engine-{device.type}.json"), device, torch.bfloat16, rows=rows)
     plot_memory(traces[LOADS[-1].name], Path(config.out_dir, "engine.png"))
 
@@ -110,20 +112,20 @@ def measure_load(model, load, rounds):
     """(row of the results, [(tokens, slots held, slots if each sequence had max_seq_len), ...] over the steps)."""
     engine = Engine(model, None, 16, load.max_tokens_per_step, load.vocab_size, memory_fraction=0.7, compile=True)
     serve(engine, requests_of(load, seed=0))  # compiles and captures all that the load needs
-    seconds = []
-    for turn in range(1, rounds + 1):
-        engine.stats = Stats()
-        requests = requests_of(load, seed=turn)  # new prompts: those of the last turn are still in the cache
-        took, trace = serve(engine, requests)
-        seconds.append(took)
-    stats, median = engine.stats, statistics.median(seconds)
+    turns = []
+    with frozen_objects():
+        for turn in range(1, rounds + 1):
+            engine.stats = Stats()
+            requests = requests_of(load, seed=turn)  # new prompts: those of the last turn are still in the cache
+            turns.append((*serve(engine, requests), engine.stats))
+    seconds, trace, stats = sorted(turns, key=itemgetter(0))[len(turns) // 2]  # all figures are those of the median turn
     new = sum(request.max_new_tokens for request in requests)  # the same in all turns, as far as lengths go
     return {
         "load": load.name,
         "new_tokens": new,
         "prompt_tokens": sum(len(request.prompt) for request in requests),
-        "seconds": median,
-        "tokens_per_s": new / median,
+        "seconds": seconds,
+        "tokens_per_s": new / seconds,
         "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s,
         "decode_tokens_per_s": stats.decode_tokens / stats.decode_s,
         "peak_pages": stats.peak_pages,
@@ -187,11 +189,7 @@ def check_greedy(model, prompt, generated, vocab_size=None):
 
 
 def plot_memory(trace, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for column, label in ((2, "max_seq_len reserved for each sequence"), (1, "pages held"), (0, "tokens")):
         axis.plot([row[column] / 1000 for row in trace], label=label)

@@ -1,7 +1,10 @@
 """What every benchmark needs: fair timing, and results that say what they were measured on."""
 
+import gc
 import json
+import random
 import statistics
+from contextlib import contextmanager
 
 import torch
 
@@ -14,8 +17,10 @@ def median_ms(calls, rounds, repeats=4):
     turns = {name: [] for name in calls}
     for call in calls.values():
         call()
+    order = random.Random(0)  # a call is slower behind one that heated the GPU up, so each follows others in each round
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
+            call = calls[name]
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             call()
             start.record()
@@ -44,6 +49,24 @@ def captured(call, repeats=1):
         graph.replay()
 
     return replay
+
+
+@contextmanager
+def frozen_objects():
+    """Leaves all that exists now out of garbage collections, as sample.py does: to search a model, its engine and what
+    was compiled for them took 40% of the host's time with 256 sequences."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # a compiled model refers to itself: only a collection ever gives its memory back
+
+
+def forget_compiled():
+    """To be called when a model is deleted: gives back what was compiled for it, and with that the model itself."""
+    torch._dynamo.reset()
+    gc.collect()
 
 
 def write_results(path, device, dtype, **measured):

@@ -1,4 +1,14 @@
-"""Two ways to draw a measurement."""
+"""How measurements are drawn."""
+
+
+def pyplot():
+    """Matplotlib for files, on machines without a screen. Imported here, because all but the plots does without it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def lines(axis, series, xlabel, ylabel):

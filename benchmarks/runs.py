@@ -42,7 +42,7 @@ class Run:
 
 # What compare.py looks at in config.json.
 NEEDED = {
-    **dict.fromkeys(("run_id", "variant", "device", "dtype", "train.out_dir", "model.window_pattern"), str),
+    **dict.fromkeys(("run_id", "variant", "device", "dtype", "train.out_dir", "model.attention", "model.window_pattern"), str),
     **dict.fromkeys(("params", "flops_per_token", "kv_bytes_per_token"), int | float),
     **dict.fromkeys(("train.seed", "train.max_steps", "train.eval_tokens"), int),
     **dict.fromkeys(("model.n_layer", "model.n_head", "model.n_kv_head", "model.window", "model.max_seq_len"), int),
@@ -62,8 +62,7 @@ def load(path):
         facts, rows = read_wandb(mirrors.pop().parent)
     else:
         raise UserError(f"{path} is no run: it holds neither config.json and metrics.jsonl nor a file of wandb's")
-    missing = [key for key, kind in NEEDED.items() if not isinstance(value_at(facts, key), kind)]
-    if missing:
+    if missing := lacking(facts, NEEDED):
         raise UserError(f"the settings in {path} lack {', '.join(missing)}: another program or version wrote them")
     if not all(is_row(row) for row in rows):
         raise UserError(f"a row of {path} is not numbers by name, step, tokens and time_s among them")
@@ -73,6 +72,11 @@ def load(path):
     if not found.column("tokens_per_s"):
         raise UserError(f"{path} has no tokens_per_s; leave it out")
     return found
+
+
+def lacking(facts, needed):
+    """The keys of {key: type} that the facts do not have."""
+    return [key for key, kind in needed.items() if not isinstance(value_at(facts, key), kind)]
 
 
 def value_at(facts, key):

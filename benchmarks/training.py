@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import median_ms, write_results
+from benchmarks.measure import forget_compiled, median_ms, write_results
 from device import peak_flops
 from kernels import sdpa
 from model import GPT, ModelConfig, dense_attention
@@ -40,7 +40,8 @@ def bench_train(config):
             row["mfu"] = speed * flops / peak if (peak := peak_flops(device)) else None
             rows.append(row)
             print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()), flush=True)
-        torch._dynamo.reset()  # and with it the compiled steps, which hold the models
+        steps.clear()
+        forget_compiled()
     write_results(Path(config.out_dir, "train.json"), device, torch.bfloat16, micro_batch=MICRO_BATCH, seq_len=T, rows=rows)
 
 

@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from benchmarks.engine import check_greedy, random_model
-from benchmarks.measure import write_results
+from benchmarks.measure import forget_compiled, frozen_objects, write_results
+from benchmarks.plots import bars, lines, pyplot
 from device import pick_device, pick_dtype
 from engine import Engine, Request, groups_of
 from paging import most_pages
@@ -69,7 +68,7 @@ def bench_variants(config):
         cells = [f"{row['kv_bytes_per_token']:12,}{row['largest_batch']:11,}", *(f"{speed:>12}" for speed in speeds)]
         print(f"{rows[-1]['variant']:16}" + "".join(cells), flush=True)
         del model
-        torch._dynamo.reset()  # and with it what was compiled for this model
+        forget_compiled()
     path = Path(config.out_dir, "variants" if device.type == "cuda" else f"variants-{device.type}")
     facts = {"shape": sizes.shape | PARTS, "tokens": sizes.tokens, "cache_bytes": sizes.cache_bytes}
     write_results(path.with_suffix(".json"), device, dtype, **facts, page_size=PAGE_SIZE, rows=rows)
@@ -87,8 +86,9 @@ def measure_variant(model, sizes, rounds):
     for batch in sizes.batches:
         speeds[batch] = None
         if batch <= largest:
-            turns = [decode_speed(engine, sizes, batch) for _ in range(1 + rounds)]
-            speeds[batch] = statistics.median(turns[1:])  # the first one compiles and captures
+            decode_speed(engine, sizes, batch, check=True)  # compiles and captures
+            with frozen_objects():
+                speeds[batch] = statistics.median(decode_speed(engine, sizes, batch) for _ in range(rounds))
     return {
         "kv_bytes_per_token": model.kv_bytes_per_token(dtype.itemsize),
         "largest_batch": largest,
@@ -105,7 +105,7 @@ def fill(engine, tokens):
     tables, config, sequences = engine.tables, engine.model.config, []
     text = [0] * tokens
     while True:
-        sequence = Sequence(Request(text, 1), 0)
+        sequence = Sequence(Request(text, 1))
         if not tables.admit(sequence):
             break
         sequences.append(sequence)
@@ -123,9 +123,9 @@ def fill(engine, tokens):
     return len(sequences)
 
 
-def decode_speed(engine, sizes, batch):
+def decode_speed(engine, sizes, batch, check=False):
     """Tokens/s of `batch` sequences that all decode, at the end of their tokens. The prompts are the same in each turn,
-    which finds them in the cache and has only to decode."""
+    which finds them in the cache and has only to decode. With check, the last sequence must follow the model."""
     draw, vocab = random.Random(batch), engine.vocab_size
     new = sizes.steps + 16  # the first ones may be drawn while others still compute their prompts
     waits = sizes.tokens * batch // engine.max_tokens_per_step + 2
@@ -139,28 +139,19 @@ def decode_speed(engine, sizes, batch):
     speed = drawn / (time.perf_counter() - start)
     while engine.has_work():
         engine.step()
-    if batch == 1:
-        check_greedy(engine.model, prompts[0], sequences[0].generated)
+    if check:
+        check_greedy(engine.model, prompts[-1], sequences[-1].generated)
     return speed
 
 
 def plot_variants(rows, sizes, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    names = [row["variant"] for row in rows]
-    colors = [f"C{i}" for i in range(len(rows))]
-    axes[0].bar(names, [row["kv_bytes_per_token"] / 1024 for row in rows], color=colors)
-    axes[0].set_ylabel("KV cache a token, KiB")
-    axes[1].bar(names, [row["largest_batch"] for row in rows], color=colors)
-    axes[1].set_ylabel(f"sequences of {sizes.tokens} tokens in {sizes.cache_bytes / 2**30:.3g} GiB")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
+    most = f"sequences of {sizes.tokens} tokens in {sizes.cache_bytes / 2**30:.3g} GiB"
+    bars(axes[0], {row["variant"]: row["kv_bytes_per_token"] / 1024 for row in rows}, "KV cache a token, KiB")
+    bars(axes[1], {row["variant"]: row["largest_batch"] for row in rows}, most)
     axes[1].set_yscale("log")
-    for row in rows:
-        points = [(batch, speed) for batch, speed in row["decode_tokens_per_s"].items() if speed]
-        axes[2].plot(*zip(*points), marker="o", label=row["variant"])
-    axes[2].set(xscale="log", yscale="log", xlabel="batch", ylabel=f"decoded tokens/s at {sizes.tokens} tokens")
+    speeds = {row["variant"]: [point for point in row["decode_tokens_per_s"].items() if point[1]] for row in rows}
+    lines(axes[2], speeds, "batch", f"decoded tokens/s at {sizes.tokens} tokens")
     axes[2].legend()
     figure.savefig(path, dpi=120)

@@ -81,7 +81,8 @@ class PrepareConfig:
             )
 
 
-# No tiktoken vocabulary has a token across this place, so pieces give the same tokens as the whole text.
+# Here every tiktoken vocabulary begins a new token, so pieces that end here give the same tokens as the whole text. Text
+# without such a place, like Chinese, is cut anywhere, perhaps within a token.
 SAFE_CUT = re.compile(r".*\S(?= [A-Za-z])", re.DOTALL)
 
 
@@ -239,8 +240,8 @@ def write_folder(folder, name, config):
         if not writer.shards:
             raise UserError(
                 f"{counts['train']['documents'] + counts['val']['documents']} documents of {source} with "
-                f"val_fraction={val_fraction} leave the {split} split empty; change val_fraction, give more text, "
-                "or join it into one file, which is split by position"
+                f"val_fraction={val_fraction} leave the {split} split empty; change val_fraction or max_tokens, give more "
+                "text, or join it into one file, which is split by position"
             )
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
@@ -343,9 +344,12 @@ def check_replaceable(out, overwrite):
 
 
 def report(out, meta):
-    lines = [f"{split}: {c['tokens']:,} tokens, {c['documents']:,} documents" for split, c in meta["splits"].items()]
+    splits = meta["splits"]
+    train, val = (c["documents"] for c in splits.values())  # that end there: a single one ends in val
+    lines = [f"{split}: {c['tokens']:,} tokens" for split, c in splits.items()]
+    lines.append(f"{train:,} and {val:,} documents" if train else "one document, split by position")
     lines += [f"left out: {count:,} {what}" for what, count in meta["left_out"].items()]
-    replaced = sum(c["replaced"] for c in meta["splits"].values())
+    replaced = sum(c["replaced"] for c in splits.values())
     if replaced:
         lines.append(f"{replaced:,} characters are U+FFFD, which also stands for bytes that are not UTF-8")
     print(f"{out}: " + "; ".join(lines), flush=True)

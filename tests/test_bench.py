@@ -1,11 +1,16 @@
 """The benchmarks: they count right and refuse what they cannot measure."""
 
+import gc
+from types import SimpleNamespace
+
 import pytest
 import torch
 from util import repository, script
 
+from benchmarks import engine
 from benchmarks.attention import Shape, attention_flops
 from benchmarks.markdown import marked
+from benchmarks.measure import frozen_objects
 from benchmarks.tables import section
 from kernels.reference import visible
 
@@ -43,3 +48,31 @@ def test_kernels_without_a_gpu_are_one_line(name):
 
 def test_the_readmes_tables_are_those_of_the_results():
     assert marked("bench.py tables", section(repository / "results")) in (repository / "README.md").read_text()
+
+
+def test_a_loads_figures_are_all_of_its_median_turn(monkeypatch):
+    """Turns of 5, 1 and 3 seconds behind a first one that only warms up."""
+    seconds = iter([9, 5, 1, 3])
+
+    def serve(built, requests):
+        took = next(seconds)
+        built.stats = SimpleNamespace(
+            prefill_tokens=took, prefill_s=1, decode_tokens=10 * took, decode_s=1, peak_pages=took, preemptions=0,
+            unused_share=took, unused_share_of_reserving=took,
+        )  # fmt: skip
+        return took, [took]
+
+    built = SimpleNamespace(runner=SimpleNamespace(graphs={}))
+    monkeypatch.setattr(engine, "Engine", lambda *given, **keys: built)
+    monkeypatch.setattr(engine, "serve", serve)
+    row, trace = engine.measure_load(None, engine.LOADS[0], rounds=3)
+    assert (row["seconds"], row["tokens_per_s"], row["new_tokens"]) == (3, 256 / 3, 256)
+    assert (row["prefill_tokens_per_s"], row["decode_tokens_per_s"], row["peak_pages"], trace) == (3, 30, 3, [3])
+
+
+def test_frozen_objects_are_collected_afterwards():
+    before = gc.get_freeze_count()
+    with pytest.raises(RuntimeError), frozen_objects():
+        assert gc.get_freeze_count() > before
+        raise RuntimeError
+    assert gc.get_freeze_count() == 0

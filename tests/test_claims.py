@@ -7,8 +7,24 @@ import pytest
 import torch
 
 from benchmarks.claims import TINY, bench_claims
-from benchmarks.claims_serving import grouping_shrinks_the_cache, mixes, serve, wasted
-from benchmarks.claims_training import bytes_made, receptive_field
+from benchmarks.claims_serving import (
+    cache_objection,
+    decoding_objection,
+    grouping_shrinks_the_cache,
+    mixes,
+    serve,
+    waste_objection,
+    wasted,
+)
+from benchmarks.claims_training import (
+    bytes_made,
+    cost_objection,
+    flash_objection,
+    linear_objection,
+    receptive_field,
+    training_objection,
+    travel_objection,
+)
 from engine import Engine, Request
 from kernels import reference, sdpa
 from model import GPT, ModelConfig
@@ -33,6 +49,51 @@ def test_all_claims_are_measured_written_and_drawn(tmp_path, capsys, monkeypatch
     ):
         assert verdicts[exact] == "holds"
     assert "counted exactly so at 6 of 6 shapes" in written["rows"][0]["measured"]
+
+
+QUARTER = {"mha": 1, "gqa": 0.25}
+WASTE = {"chat": (0.8, 0.039), "uniform": (0.6, 0.01), "full": (0.25, 0.0)}
+HELD = {512: 1, 1024: 100, 4096: 440}
+
+
+@pytest.mark.parametrize(
+    "objection, measured, reason",
+    [
+        (cache_objection, ({"mha": 1, "gqa": 0.2524}, QUARTER), ""),
+        (cache_objection, ({"mha": 1, "gqa": 0.2476}, QUARTER), ""),
+        (cache_objection, ({"mha": 1, "gqa": 0.2526}, QUARTER), "gqa takes 0.2526"),
+        (cache_objection, ({"mha": 1, "gqa": 0.2474}, QUARTER), "gqa takes 0.2474"),
+        (decoding_objection, ({1: 0.99, 64: 0.8},), ""),
+        (decoding_objection, ({1: 0.99, 16: 0.7, 64: 0.79},), "it decodes 16 sequences at 70.0% of MQA's speed"),
+        (decoding_objection, ({1: 0.799, 64: 0.9},), "it decodes 1 sequences at 79.9% of MQA's speed"),
+        (waste_objection, (WASTE, (1, 2), (10, 11)), ""),
+        (waste_objection, (WASTE | {"chat": (0.801, 0)}, (1, 2), (10, 11)), "contiguous caches waste 80.1% and 60.0%"),
+        (waste_objection, (WASTE | {"uniform": (0.599, 0)}, (1, 2), (10, 11)), "contiguous caches waste 80.0% and 59.9%"),
+        (waste_objection, (WASTE | {"full": (0, 0.04)}, (1, 2), (10, 11)), "pages waste 4.0% on full"),
+        (waste_objection, (WASTE, (2, 2), (10, 11)), "pages run no more sequences"),
+        (waste_objection, (WASTE, (1, 2), (10, 10)), "pages are no faster"),
+        (cost_objection, ([], {(1, 2): 0.25, (3, 4): -0.25}, (0, 1)), ""),
+        (cost_objection, ([(1, 2)], {(1, 2): 0}, (1, 1)), "the counted operations differ at n, d = (1, 2)"),
+        (cost_objection, ([], {(1, 2): 0.1, (3, 4): -0.251}, (1, 1)), "the best fit is -25.1% off at n, d = (3, 4)"),
+        (cost_objection, ([], {(1, 2): 0}, (-0.1, 1)), "the best a and b are -0.1 and 1"),
+        (cost_objection, ([], {(1, 2): 0}, (1, -0.1)), "the best a and b are 1 and -0.1"),
+        (training_objection, (0.95,), ""),
+        (training_objection, (0.949,), "it trains at 94.9% of MQA's speed"),
+        (linear_objection, (0.9,), ""),
+        (linear_objection, (1.1,), ""),
+        (linear_objection, (0.899,), "the exponent is 0.899"),
+        (linear_objection, (1.101,), "the exponent is 1.101"),
+        (travel_objection, ({1: 5, 2: 9}, 5), ""),
+        (travel_objection, ({1: 5, 2: 10}, 5), "depth 2 sees 10 tokens"),
+        (travel_objection, ({1: 4, 2: 9}, 5), "depth 1 sees 4 tokens"),
+        (flash_objection, (HELD, 99, 100), ""),
+        (flash_objection, (HELD | {4096: 441}, 99, 100), "memory grows by 4.41 from 1024 to 4096 tokens"),
+        (flash_objection, (HELD, 100, 100), "in its time at n 4096 1e-07 GB could move"),
+    ],
+)
+def test_a_verdict_follows_from_what_was_measured(objection, measured, reason):
+    found = objection(*measured)
+    assert found == "" if not reason else reason in found
 
 
 @pytest.mark.parametrize("layers, window", [(1, 1), (2, 3), (3, 4)])

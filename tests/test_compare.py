@@ -14,7 +14,7 @@ from util import repository, script
 
 import compare
 from benchmarks.markdown import marked
-from benchmarks.runs import ATTENTION, Run, load
+from benchmarks.runs import ATTENTION, Run, cut_short, load
 from config import UserError, parse
 from model import ModelConfig
 from runlog import variant
@@ -157,6 +157,18 @@ def test_without_a_second_seed_no_difference_counts(tmp_path, run_compare):
     assert results["verdicts"][0].startswith("Noise: unknown") and results["verdicts"][1] == "mqa - mha: +0.8000."
 
 
+def test_mha_is_what_the_others_are_compared_with(tmp_path, run_compare):
+    paths = [write_run(tmp_path / name, attention=name) for name in ("mqa", "mha", "gqa")]
+    assert [line.split(":")[0] for line in run_compare(*paths)[1]["verdicts"][1:]] == ["mqa - mha", "gqa-1 - mha"]
+    _, without = run_compare(paths[0], paths[2])
+    assert without["verdicts"][1] == "gqa-1 - mqa: +0.0000."
+
+
+@pytest.mark.parametrize("step, short", [(39, True), (40, False)])
+def test_a_run_is_cut_short_by_a_single_step(step, short):
+    assert bool(list(cut_short([Run("a", {"train": {"max_steps": 40}}, [{"step": step, "val/loss": 1.0}])]))) == short
+
+
 def noisy_runs(draw, seeds, resemblance, shift):
     """Runs of 16 evaluations whose noise has the standard deviation 1 and goes from one to the next like this."""
     runs = []
@@ -240,7 +252,7 @@ def wrong_cases(folder):
         "no rows": ([empty], "no validation loss yet"),
         "not JSON": ([broken], "line 1 is not JSON"),
         "not numbers": ([strange], "not numbers by name"),
-        "other version": ([older], "lack model.window_pattern, model.n_layer"),
+        "other version": ([older], "lack model.attention, model.window_pattern, model.n_layer"),
         "no settings": ([lists], "lists lack run_id, variant"),
         "target": ([good, "--target_loss=nan"], "target_loss takes a number of 0 or more"),
         "other decode": ([good, f"--decode={folder / 'decode.json'}"], "decode.json holds no decoding speeds"),
@@ -291,6 +303,34 @@ def test_decoding_speeds_belong_to_the_attention_and_not_to_the_size(tmp_path):
         model = dataclasses.asdict(ModelConfig(**SHAPE, attention=attention, **flags.get(name, {})))
         assert bool(compare.decode_speeds(DECODE, model)) == found, name
     assert compare.decode_speeds(None, model) == {}
+
+
+ROW = DECODE["rows"][0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        [DECODE],
+        {"shape": None},
+        *({"shape": {key: n for key, n in DECODE["shape"].items() if key != missing}} for missing in DECODE["shape"]),
+        {"tokens": "2048"},
+        {"device": None},
+        {"rows": {}},
+        {"rows": [None]},
+        {"rows": [ROW, [ROW]]},
+        {"rows": [ROW | {"n_kv_head": None}]},
+        {"rows": [ROW | {"decode_tokens_per_s": 10.0}]},
+        {"rows": [ROW | {"decode_tokens_per_s": {"1": "10"}}]},
+        {"rows": [ROW | {"decode_tokens_per_s": {"one": 10.0}}]},
+    ],
+)
+def test_a_file_of_other_contents_is_no_decoding_speeds(tmp_path, wrong):
+    path = tmp_path / "decode.json"
+    path.write_text(json.dumps(DECODE | wrong if isinstance(wrong, dict) else wrong))
+    with pytest.raises(UserError, match="decode.json holds no decoding speeds; python bench.py variants writes them"):
+        compare.read_decode(path, required=True)
 
 
 def test_another_precision_is_another_variant(tmp_path, run_compare):

@@ -17,7 +17,7 @@ from config import UserError
 from engine import Engine, Request, generate
 from kernels import reference
 from model import GPT, ModelConfig
-from sampling import uniform
+from sampling import states_of, uniform
 
 PAGE = 8
 WINDOW = 5
@@ -147,9 +147,11 @@ def test_greedy_text_is_that_of_recomputing_everything(variant, pos, plenty, bud
     poisoned(engine)
     while len(sequences) < len(texts) or engine.has_work():
         if steps % 3 == 0 and len(sequences) < len(texts):
-            sequences += engine.add_samples(Request(texts[len(sequences)], 20), 1 + (steps == 9))
+            request = Request(texts[len(sequences)], 20)
+            sequences.append(engine.add(request))
             if steps == 9:
-                texts.insert(3, texts[3])  # two samples of that one
+                texts.insert(3, texts[3])
+                sequences.append(engine.add(request))  # two samples of that one
         if steps == 16:
             engine.finish(sequences[5], "cancelled")
         poison(engine)
@@ -349,7 +351,7 @@ def test_17000_random_operations_keep_the_invariant(windows, num_pages, overlap)
             prompt += [generator.randrange(50) for _ in range(generator.randrange(0 if prompt else 1, 9))]
             stop = tuple(generator.sample(range(50), 2))
             request = Request(prompt, generator.randrange(1, 24), stop_tokens=stop)
-            sequences += engine.add_samples(request, generator.choice((1, 1, 1, 3)))
+            sequences += [engine.add(request) for _ in range(generator.choice((1, 1, 1, 3)))]
         elif action < 0.2 and sequences:
             engine.finish(generator.choice(sequences[-30:]), "cancelled")
         else:
@@ -376,7 +378,7 @@ def test_preemption_together_with_a_prefix_hit():
     """Sequences that share pages lose and find them again, and no page is counted twice."""
     engine = Engine(counter(), 9, 4)
     engine.runner = Device()
-    sequences = engine.add_samples(Request([3] * 10, 20), 3)
+    sequences = [engine.add(Request([3] * 10, 20)) for _ in range(3)]
     while engine.has_work():
         engine.step()
         check_engine(engine)
@@ -397,15 +399,32 @@ def test_no_token_is_dropped_after_re_prefill(overlap):
     assert all(told[s] == s.generated == count(s.request.prompt, 20) for s in sequences)
 
 
-def test_samples_of_a_prompt_share_its_pages_and_compute_it_once():
-    engine = Engine(counter(), 100, 4)
-    sequences = engine.add_samples(Request([5] * 22, 6), 4)
+def test_samples_of_a_prompt_share_its_pages_and_compute_it_once_and_have_texts_of_their_own():
+    model, (prompt,) = make(), prompts(22)
+    engine, request = Engine(model, 40, 4), Request(prompt, 12, temperature=1.0)
+    samples = [engine.add(dataclasses.replace(request, seed=5 + i)) for i in range(4)]
     engine.step()
     assert engine.stats.prefill_tokens == 22 + 3 * 2 and engine.stats.found_tokens == 3 * 20
     assert engine.tables.allocator.num_held == 5 + 4
     while engine.has_work():
         engine.step()
-    assert all(sequence.generated == count([5] * 22, 6) for sequence in sequences)
+    for i, sample in enumerate(samples):
+        assert sample.generated == generate(model, [prompt], 12, seed=5 + i, temperature=1.0)[0]
+    assert len({tuple(sample.generated) for sample in samples}) == 4
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_preempted_sequence_finds_all_of_its_full_pages(overlap):
+    """The last of them too, which its last token filled."""
+    engine = Engine(counter(), 20, 4, overlap=overlap)
+    sequence = engine.add(Request([3] * 6, 9))
+    while sequence.num_computed < 8:
+        engine.step()
+    assert sequence.num_computed == 8
+    engine.preempt_latest()
+    while engine.has_work():
+        engine.step()
+    assert engine.stats.found_tokens == 8 and sequence.generated == count([3] * 6, 9)
 
 
 def test_first_come_first_served_and_the_latest_leaves_first():
@@ -597,11 +616,11 @@ def test_a_model_that_gives_nan_is_said_in_a_line(overlap, compile, temperature,
 
 
 def letters(ids):
-    return "".join(chr(97 + id) if id < 26 else 3 * chr(39 + id) for id in ids)
+    return b"".join(bytes([97 + id]) if id < 26 else 3 * bytes([39 + id]) for id in ids)
 
 
-def stopped(prompt, stops, decode=letters, overlap=False, **keys):
-    engine = Engine(counter(), keys.pop("num_pages", 40), 4, decode=decode, overlap=overlap)
+def stopped(prompt, stops, decode=letters, overlap=False):
+    engine = Engine(counter(), 40, 4, decode=decode, overlap=overlap)
     sequence = engine.add(Request(prompt, 30, stop_strings=stops, logprobs=0))
     told = []
     while engine.has_work():
@@ -613,18 +632,15 @@ def stopped(prompt, stops, decode=letters, overlap=False, **keys):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("decode", [letters, lambda ids: letters(ids).encode()])
-def test_a_stop_string_ends_the_text_before_it_wherever_tokens_begin(overlap, decode):
+def test_a_stop_string_ends_the_text_before_it_wherever_tokens_begin(overlap):
     whole = count([3, 4], 30)
     text = letters(whole)
     for start in range(0, 40, 3):
         for length in (1, 2, 5, 8):
             stop = text[start : start + length]
-            at = text.index(stop)
-            coded = stop if decode is letters else stop.encode()
-            sequence = stopped([3, 4], (coded, coded + coded), decode, overlap)
-            kept = text[:at]
-            assert sequence.finished == "stop" and sequence.text == (kept if decode is letters else kept.encode())
+            sequence = stopped([3, 4], (stop, stop + stop), overlap=overlap)
+            kept = text[: text.index(stop)]
+            assert sequence.finished == "stop" and sequence.text == kept
             ids = sequence.generated
             assert ids == whole[: len(ids)] and letters(ids).startswith(kept)
             assert not ids or not letters(ids[:-1]).startswith(kept)  # no token that only belongs to the stop string
@@ -632,7 +648,7 @@ def test_a_stop_string_ends_the_text_before_it_wherever_tokens_begin(overlap, de
 
 def test_a_stop_string_is_found_across_tokens_that_decode_to_nothing():
     def decode(ids):
-        return "".join(chr(97 + id % 26) for id in ids if id % 4 == 1)
+        return bytes(97 + id % 26 for id in ids if id % 4 == 1)
 
     whole = count([3, 4], 30)
     stop = decode(whole)[2:5]
@@ -642,7 +658,7 @@ def test_a_stop_string_is_found_across_tokens_that_decode_to_nothing():
 
 
 def test_text_without_the_stop_string_is_whole():
-    sequence = stopped([3, 4], ("0",))
+    sequence = stopped([3, 4], (b"0",))
     assert sequence.finished == "length" and sequence.text == letters(count([3, 4], 30))
 
 
@@ -664,12 +680,13 @@ def test_a_stop_string_that_was_half_generated_when_its_sequence_was_preempted(o
 # Log-probabilities, drawing, refusals
 
 
-def test_log_probabilities_are_those_of_the_text():
+@pytest.mark.parametrize("alternatives", [0, 2])
+def test_log_probabilities_are_those_of_the_text(alternatives):
     model = make(**VARIANTS["gqa"])
     (prompt,) = prompts(9)
     engine = Engine(model, 40, PAGE)
     plain = engine.add(Request(prompt, 12, temperature=0.8, top_k=4, seed=3))
-    asked = engine.add(Request(prompt, 12, temperature=0.8, top_k=4, seed=3, logprobs=2))
+    asked = engine.add(Request(prompt, 12, temperature=0.8, top_k=4, seed=3, logprobs=alternatives))
     while engine.has_work():
         engine.step()
     assert plain.generated == asked.generated and plain.logprobs == []
@@ -679,8 +696,8 @@ def test_log_probabilities_are_those_of_the_text():
         want = model.logits(x)[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
     for row, token, (chosen, best) in zip(want, asked.generated, asked.logprobs, strict=True):
         assert chosen == pytest.approx(row[token].item(), abs=1e-3)
-        assert list(best) == row.topk(2).indices.tolist()
-        assert max(best.values()) == pytest.approx(row.max().item(), abs=1e-3)
+        assert list(best) == row.topk(alternatives).indices.tolist()
+        assert list(best.values()) == pytest.approx(row.topk(alternatives).values.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -715,25 +732,13 @@ def test_greedy_decoding_is_not_refused_and_stays_greedy_beside_drawing():
     assert greedy.generated == recompute(model, texts[0], 15)
 
 
-def test_sample_i_draws_with_seed_plus_i():
-    model = make()
-    (prompt,) = prompts(10)
-    engine = Engine(model, 40, PAGE)
-    samples = engine.add_samples(Request(prompt, 12, temperature=1.0, seed=5), 3)
-    while engine.has_work():
-        engine.step()
-    for i, sample in enumerate(samples):
-        assert sample.generated == generate(model, [prompt], 12, seed=5 + i, temperature=1.0)[0]
-    assert len({tuple(sample.generated) for sample in samples}) == 3
-
-
 def test_the_number_of_a_draw_is_that_of_its_seed_and_place():
     model = counter()
     model.logits = lambda x: torch.zeros(len(x), 50)  # all alike: u alone decides
     for overlap in (False, True):
         engine = Engine(model, 20, overlap=overlap)
         sequence = finish_all(engine, [Request([3, 4], 40, temperature=1.0, seed=7)])[0]
-        numbers = uniform(np.full(40, 7, dtype=np.uint64), np.arange(40, dtype=np.uint64))
+        numbers = uniform(states_of([7] * 40), np.arange(40, dtype=np.uint64))
         assert sequence.generated == (numbers * np.float32(50)).astype(int).tolist()
 
 
@@ -775,7 +780,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
         ({"min_p": 1.1}, r"min_p takes a share in \[0, 1\], got 1.1"),
         ({"min_p": math.nan}, "min_p takes a share"),
         ({"logprobs": 21}, "logprobs takes None or 0 to 20, got 21"),
-        ({"stop_strings": ("x",)}, "stop_strings takes texts .* an Engine that was given decode"),
+        ({"stop_strings": (b"x",)}, "stop_strings takes bytes .* an Engine that was given decode"),
     ],
 )
 def test_a_bad_request_is_refused_alone(keys, message):
@@ -790,10 +795,11 @@ def test_a_bad_request_is_refused_alone(keys, message):
     assert good.generated == count([1, 2], 31)
 
 
-def test_a_stop_string_of_the_wrong_kind_is_refused_before_it_stops_the_others():
-    engine = Engine(counter(), 8, 4, decode=lambda ids: letters(ids).encode())
-    with pytest.raises(ValueError, match="stop_strings takes bytes, as decode gives, got 'x'"):
-        engine.add(Request([1, 2], 5, stop_strings=(b"y", "x")))
+@pytest.mark.parametrize("stops", [(b"y", "x"), (b"y", b""), b"yx"])
+def test_a_wrong_stop_string_is_refused_before_it_stops_the_others(stops):
+    engine = Engine(counter(), 8, 4, decode=letters)
+    with pytest.raises(ValueError, match="stop_strings takes bytes that are not empty"):
+        engine.add(Request([1, 2], 5, stop_strings=stops))
 
 
 @pytest.mark.parametrize(
@@ -859,6 +865,37 @@ def test_the_unused_share_counts_slots_without_a_token(overlap):
     assert stats.unused_share == (2 + 1 + 0) / (3 * 8) and stats.peak_pages == 2
     assert stats.unused_share_of_reserving == 1 - (6 + 7 + 8) / (3 * 64)
     assert "prefill 6 tokens" in str(stats) and "at most 2 pages held, 12.5% of them unused" in str(stats)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("windows", [(0,), (6,), (6, 0)])
+def test_counted_slots_are_those_of_the_pages(windows, overlap):
+    """Behind windows, shared by samples, in texts longer than max_seq_len."""
+    engine = Engine(counter(windows, pos="rope"), 200, 4, 25, overlap=overlap)
+    tables, counts, count_pages = engine.tables, [], engine.count_pages
+
+    def watched():
+        filled = {
+            (tables.page(sequence.row, group, position // 4), position % 4)
+            for sequence in engine.running
+            for group in range(len(windows))
+            for position in range(sequence.row.first[group] * 4, sequence.num_computed)
+        }
+        held = 4 * sum(n > 0 for n in tables.allocator.holders)
+        counts.append((len(filled), held, sum(max(64, s.num_computed) * len(windows) for s in engine.running)))
+        count_pages()
+
+    engine.count_pages = watched
+    for prompt, new in [([5] * 22, 60)] * 3 + [([7] * 30, 9)]:
+        engine.add(Request(prompt, new))
+    while engine.has_work():
+        engine.step()
+    tokens, held, reserved = map(sum, zip(*counts))
+    stats = engine.stats
+    assert (stats.tokens, stats.held_slots, stats.reserved_tokens) == (tokens, held, reserved)
+    assert stats.unused_share == pytest.approx(1 - tokens / held)
+    assert stats.unused_share_of_reserving == pytest.approx(1 - tokens / reserved)
+    assert stats.found_tokens == 2 * 20
 
 
 def test_windowed_layers_leave_their_pages_to_others():

@@ -86,6 +86,15 @@ def test_groups_are_of_one_size_so_that_any_page_serves_any_of_them():
     assert len(page_groups((5, 0, 5))) == 3
 
 
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 4, 5, 7, 8, 9, 30])
+@pytest.mark.parametrize("page_size", [1, 2, 4, 7])
+def test_the_most_pages_are_those_of_the_token_that_sees_most(window, page_size):
+    (group,), most = page_groups((window,)), 0
+    for position in range(60):
+        most = max(most, len({seen // page_size for seen in range(group.first_seen(position), position + 1)}))
+        assert most_pages([group], page_size, position + 1) == most
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 7, 8, 9, 30])
 def test_a_windowed_sequence_goes_on_without_end_in_few_pages(window):
     tables = tables_of(most_pages(page_groups((window,)), PAGE, 10**9), (window,), longest_step=1)

@@ -75,7 +75,7 @@ def corpus(tmp_path):
 
 
 @pytest.mark.parametrize("piece", [100, 1 << 20])
-def test_token_files_are_the_text(tmp_path, corpus, monkeypatch, piece):
+def test_token_files_are_the_text(tmp_path, corpus, monkeypatch, capsys, piece):
     monkeypatch.setattr(preparation, "PIECE", piece)
     expected = [], []
     for text in corpus:
@@ -99,6 +99,8 @@ def test_token_files_are_the_text(tmp_path, corpus, monkeypatch, piece):
         for shard in described["shards"]:
             assert hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
     assert sum(meta["splits"][split]["replaced"] for split in ("train", "val")) == 2
+    train, val = (tokens.count(256) for tokens in expected)
+    assert f" tokens; {train} and {val} documents; left out: " in capsys.readouterr().out
 
 
 def test_the_loader_reads_what_prepare_writes(tmp_path, corpus):
@@ -136,7 +138,7 @@ def test_text_without_a_good_place_to_cut(monkeypatch, tmp_path, text):
 
 @pytest.mark.parametrize("piece", [7, 1 << 20])
 @pytest.mark.parametrize("length", [2, 9, 10, 11, 1000])
-def test_a_single_document_is_split_by_position(tmp_path, monkeypatch, length, piece):
+def test_a_single_document_is_split_by_position(tmp_path, monkeypatch, capsys, length, piece):
     monkeypatch.setattr(preparation, "PIECE", piece)
     text = ("ab cd é\n" * 125)[:length]
     (tmp_path / "in").write_bytes(text.encode())
@@ -144,6 +146,7 @@ def test_a_single_document_is_split_by_position(tmp_path, monkeypatch, length, p
     cut = int(length * 0.75)
     assert tokens_of(out, "train") == list(text[:cut].encode())
     assert tokens_of(out, "val") == [*text[cut:].encode(), 256]
+    assert capsys.readouterr().out.endswith(" tokens; one document, split by position\n")
 
 
 def test_shakespeare_is_nanogpts(tmp_path):

@@ -73,15 +73,16 @@ def test_padding_rows_change_nothing(variant, overlap):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_windowed_step_hands_over_only_the_pages_that_it_sees(overlap):
+@pytest.mark.parametrize("window, width", [(1, 1), (2, 2), (PAGE, 2), (PAGE + 1, 2), (PAGE + 2, 3), (99, 9)])
+def test_a_windowed_step_hands_over_only_the_pages_that_it_sees(window, width, overlap):
     """However long a step may be, and wherever in the ring of the table the window lies."""
-    model, (prompt,) = make(**VARIANTS["swa"], **POSITIONS["rope"]), prompts(40)
+    model, (prompt,) = make(attention="swa", window=window, **POSITIONS["rope"]), prompts(40)
     engine = Engine(model, 60, PAGE, 400, overlap=overlap)
     shapes, pack = [], engine.runner.pack
     engine.runner.pack = lambda *args: shapes.append(pack(*args)) or shapes[-1]
     assert texts_of(engine, [Request(prompt, 30)]) == [recompute(model, prompt, 30)]
-    assert {shape.widths for shape, _ in shapes if shape.max_query_len == 1} == {(2,)}
-    assert shapes[0][0].widths == (6,) and engine.tables.tables[0].shape[1] > 50
+    assert max(shape.widths for shape, _ in shapes if shape.max_query_len == 1) == (width,)
+    assert shapes[0][0].widths == (5,) and engine.tables.tables[0].shape[1] > 50
 
 
 @pytest.mark.parametrize("variant, num_pages", [("gqa", 200), ("gqa", 14), ("swa", 6), ("hybrid", 300), ("hybrid", 20)])
@@ -125,6 +126,19 @@ def test_triton_attention_writes_the_same_text(variant):
     assert engine.runner.pads
     assert [sequence.generated for sequence in finish_all(engine, asked, every=2)] == want
     assert want[0] == recompute(model, asked[0].prompt, 9)
+
+
+@pytest.mark.parametrize("asked, columns", [([None], ()), ([0, None], (0, 0)), ([0, 3, None], (ALTERNATIVES,) * 2)])
+def test_alternatives_are_looked_for_only_when_somebody_asks_for_them(asked, columns):
+    engine, outputs = Engine(make(), 40, PAGE), []
+    compute = engine.runner.compute
+    engine.runner.compute = lambda *args: outputs.append(compute(*args)) or outputs[-1]
+    sequences = [engine.add(Request([1, 2, 3], 4, logprobs=logprobs)) for logprobs in asked]
+    while engine.has_work():
+        engine.step()
+    assert {tuple(output.shape[1] for output in step[2:]) for step in outputs} == {columns}
+    for sequence, logprobs in zip(sequences, asked):
+        assert [len(best) for _, best in sequence.logprobs] == ([] if logprobs is None else [logprobs] * 4)
 
 
 def test_compiled_blocks_write_the_same_text_and_are_compiled_once(monkeypatch):
@@ -186,3 +200,16 @@ def test_on_a_gpu_greedy_text_is_that_of_recomputing_everything(variant):
     model, texts = on_gpu(variant), prompts(1, 15, 16, 40)
     got = texts_of(Engine(model, 200, 16, 20), [Request(text, 30) for text in texts])
     assert got == [recompute(model.cpu(), text, 30) for text in texts]
+
+
+@gpu
+def test_on_a_gpu_log_probabilities_need_no_alternatives():
+    (prompt,) = prompts(9)
+    engine, rows = Engine(on_gpu("gqa"), 100, 16), []
+    for logprobs in (0, 2):  # one after the other, each in steps of its own
+        sequence = engine.add(Request(prompt, 12, logprobs=logprobs))
+        while engine.has_work():
+            engine.step()
+        rows.append([chosen for chosen, _ in sequence.logprobs])
+        assert {len(best) for _, best in sequence.logprobs} == {logprobs}
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)

@@ -1,6 +1,7 @@
 """The sampler as a user meets it: text, streams, stop texts, and one clear line for what cannot be done."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -136,6 +137,12 @@ def test_text_outgrows_the_context_with_rope(run):
 def test_samples_of_a_prompt_share_its_pages(run):
     _, err = run("chars", f"--prompt={'abcdefgh' * 5}", "--num_samples=3", "--max_new_tokens=4")
     assert f"{2 * 32} tokens found in the cache" in err  # two of its two and a half pages, twice
+
+
+def test_the_garbage_collector_leaves_the_model_alone(run):
+    gc.unfreeze()
+    run("chars", "--max_new_tokens=2")
+    assert gc.get_freeze_count() > 0
 
 
 def test_more_samples_than_memory_holds_begin_at_once(run, monkeypatch):
@@ -292,6 +299,16 @@ def test_a_checkpoint_without_its_tokenizer(run, monkeypatch, tokenizer, message
 
     monkeypatch.setattr(checkpoint, "load_model", load_model)
     with pytest.raises(UserError, match=message):
+        run("chars")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_a_failure_that_is_not_the_users_passes_through(run, monkeypatch, error):
+    def fail(*args, **keys):
+        raise error("broken")
+
+    monkeypatch.setattr(sample, "Engine", fail)
+    with pytest.raises(error, match="broken"):
         run("chars")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine import Request
-from sampling import Limits, draw, invert_cdf, logprobs, style_of, uniform
+from sampling import GOLDEN, Limits, draw, invert_cdf, logprobs, mixed, states_of, style_of, uniform
 
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0, 2.0, -math.inf, 1.5])
 
@@ -116,13 +116,14 @@ def test_only_as_much_is_sorted_as_somebody_needs():
     def style(*keys):
         return style_of([Request([0], 1, **one) for one in keys], vocab_size=5000)
 
-    assert style({"top_k": 5}, {"top_p": 0.5}) == (False, 0, False)  # all greedy
-    assert style({"temperature": 1.0, "min_p": 0.1}, {"top_k": 7}) == (True, 0, False)
-    assert style({"temperature": 1.0, "top_k": 50, "top_p": 0.9}) == (True, 64, False)
-    assert style({"temperature": 1.0, "top_k": 65}, {}) == (True, 1024, False)
+    assert style({"top_k": 5}, {"top_p": 0.5}) == (False, 0, None)  # all greedy
+    assert style({"temperature": 1.0, "min_p": 0.1}, {"top_k": 7}) == (True, 0, None)
+    assert style({"temperature": 1.0, "top_k": 50, "top_p": 0.9}) == (True, 64, None)
+    assert style({"temperature": 1.0, "top_k": 65}, {}) == (True, 1024, None)
     for keys in ({"top_k": 1025}, {"top_p": 0.9}):
-        assert style({"temperature": 1.0, **keys}) == (True, 5000, False)
-    assert style({"logprobs": 0}, {}) == (False, 0, True)
+        assert style({"temperature": 1.0, **keys}) == (True, 5000, None)
+    assert style({"logprobs": 0}, {}) == (False, 0, 0)
+    assert style({}, {"logprobs": 0}, {"logprobs": 2}) == (False, 0, 20)
 
 
 def test_the_highest_uniform_never_reaches_the_total():
@@ -141,16 +142,30 @@ def test_uniform_numbers_are_uniform_and_differ_by_seed_and_index():
     assert numbers.unique().numel() > 0.99 * numbers.numel()
 
 
+def test_no_seed_continues_the_numbers_of_another():
+    """SplitMix64 adds the same number at each index: without a hash of the seed, a seed higher by that is one ahead."""
+    for seed in (0, 1, 7, -3):
+        ahead, behind = numbers_of([seed], range(1, 201)), numbers_of([seed + int(GOLDEN)], range(200))
+        assert (ahead == behind).sum() < 3
+
+
+def test_the_hashes_are_those_of_splitmix64():
+    """Its first five outputs from the state 1234567."""
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    states, indices = np.full(5, 1234567, dtype=np.uint64), np.arange(5, dtype=np.uint64)
+    assert mixed(states + (indices + np.uint64(1)) * GOLDEN).tolist() == outputs
+    assert uniform(states, indices).tolist() == [(output >> 41) / 2**23 for output in outputs]
+
+
 def numbers_of(seeds, indices):
     """(number of seeds, number of indices)"""
     indices = np.array(indices, dtype=np.uint64)
-    seeds = [np.full(len(indices), seed % 2**64, dtype=np.uint64) for seed in seeds]
-    return torch.from_numpy(np.stack([uniform(row, indices) for row in seeds]))
+    return torch.from_numpy(np.stack([uniform(state, indices) for state in states_of(seeds)]))
 
 
 def test_log_probabilities_are_those_of_the_model():
     logits = LOGITS.expand(2, -1)
-    chosen, best, ids = logprobs(logits, torch.tensor([3, 2]))
+    chosen, best, ids = logprobs(logits, torch.tensor([3, 2]), 20)
     want = LOGITS.double().softmax(dim=0).log()
     torch.testing.assert_close(chosen.double(), want[[3, 2]])
     assert ids[0, :4].tolist() == [1, 3, 5, 7] and best.shape == (2, 8)
