@@ -156,10 +156,10 @@ def make_norm(config):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, index):
         super().__init__()
-        self.layer = layer
-        self.window = config.windows[layer]
+        self.index = index  # of the layer
+        self.window = config.windows[index]
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of q, k, v
         self.head_dim = config.head_dim
         self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
@@ -194,17 +194,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, index):
         super().__init__()
         self.attn_norm = make_norm(config)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, index)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, attend):
         q, k, v = self.before(x, rope)
-        return self.after(x, attend(self.attn.layer, q, k, v, self.attn.window))
+        return self.after(x, attend(self.attn, q, k, v, self.attn.window))
 
     def before(self, x, rope):
         return self.attn.heads_of(self.attn_norm(x), rope)
@@ -223,7 +223,7 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
         self.stages = [tuple(self.blocks)]  # run one after the other, each by one call of `run_blocks`
         self.norm = make_norm(config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -238,7 +238,8 @@ class GPT(nn.Module):
         """The residual stream behind the last Block.
 
         tokens:    (B, T) ids
-        attend:    attend(layer, q, k, v, window) with q (B, T, H, D), k and v (B, T, H_kv, D) gives (B, T, H, D)
+        attend:    attend(layer, q, k, v, window) with q (B, T, H, D), k and v (B, T, H_kv, D) gives (B, T, H, D); layer
+                   is the `Attention` that asks (its number would be a constant, and each layer be compiled anew)
         positions: (B, T) or (T,) positions of the tokens, 0..T-1 when None
 
         Returns (B, T, n_embd).

@@ -226,7 +226,7 @@ class Runner:
 
     def attend(self, shape, block, lengths, layer, q, k, v, window):
         """The `attend` of a step, once it is bound to it: q (1, N, H, D), k and v (1, N, H_kv, D) to (1, N, H, D)."""
-        group, index = self.place[layer]
+        group, index = self.place[layer.index]
         pages = self.k[index], self.v[index]
         self.write_pages(k[0], v[0], *pages, block.slot_mapping[group])
         window = self.groups[group].window  # that of the layer, or the engine's max_window

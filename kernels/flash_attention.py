@@ -63,14 +63,13 @@ def _forward_kernel(
     LOAD: tl.constexpr,
 ):
     """One program makes BLOCK_M rows of one head's output."""
-    ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"  # no descriptor for a single tile
     tile, head = tile_of_program()
     start_m = (tl.num_programs(1) - 1 - tile) * BLOCK_M  # the rows that see most keys start first
     batch, head, kv_head = tl.cast(head // H, tl.int64), head % H, head % H // GROUP
-    k_tiles = tile_source(of_batch(k_ptr, batch, k_strides), H // GROUP, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
-    v_tiles = tile_source(of_batch(v_ptr, batch, v_strides), H // GROUP, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
+    k_rows = of_batch(k_ptr, batch, k_strides)
+    v_rows = of_batch(v_ptr, batch, v_strides)
 
-    q = load_tile(of_batch(q_ptr, batch, q_strides), head, start_m, T_q, q_strides, BLOCK_M, HEAD_DIM, ONCE)
+    q = load_tile(of_batch(q_ptr, batch, q_strides), head, start_m, T_q, q_strides, BLOCK_M, HEAD_DIM, LOAD)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q_pos = offs_m + (T_k - T_q)
     q_first = start_m + (T_k - T_q)
@@ -81,8 +80,8 @@ def _forward_kernel(
     if WINDOW > 0:
         first = tl.maximum(q_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     for start_n in range(first, q_last + 1, BLOCK_N):
-        k = load_tile(k_tiles, kv_head, start_n, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
-        v = load_tile(v_tiles, kv_head, start_n, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
+        k = load_tile(k_rows, kv_head, start_n, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
+        v = load_tile(v_rows, kv_head, start_n, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
         scores = dot(q, tl.trans(k))
         if cut_by_mask(q_first, q_last, start_n, start_n + BLOCK_N - 1, WINDOW):
             k_pos = start_n + tl.arange(0, BLOCK_N)
@@ -124,16 +123,15 @@ def _dq_kernel(
     LOAD: tl.constexpr,
 ):
     """One program makes BLOCK_M rows of one head's dq, and their delta for the kernel that comes next."""
-    ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"  # no descriptor for a single tile
     tile, head = tile_of_program()
     start_m = (tl.num_programs(1) - 1 - tile) * BLOCK_M
     batch, head, kv_head = tl.cast(head // H, tl.int64), head % H, head % H // GROUP
-    k_tiles = tile_source(of_batch(k_ptr, batch, k_strides), H // GROUP, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
-    v_tiles = tile_source(of_batch(v_ptr, batch, v_strides), H // GROUP, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
+    k_rows = of_batch(k_ptr, batch, k_strides)
+    v_rows = of_batch(v_ptr, batch, v_strides)
 
-    q = load_tile(of_batch(q_ptr, batch, q_strides), head, start_m, T_q, q_strides, BLOCK_M, HEAD_DIM, ONCE)
-    do = load_tile(of_batch(do_ptr, batch, o_strides), head, start_m, T_q, o_strides, BLOCK_M, HEAD_DIM, ONCE)
-    o = load_tile(of_batch(o_ptr, batch, o_strides), head, start_m, T_q, o_strides, BLOCK_M, HEAD_DIM, ONCE)
+    q = load_tile(of_batch(q_ptr, batch, q_strides), head, start_m, T_q, q_strides, BLOCK_M, HEAD_DIM, LOAD)
+    do = load_tile(of_batch(do_ptr, batch, o_strides), head, start_m, T_q, o_strides, BLOCK_M, HEAD_DIM, LOAD)
+    o = load_tile(of_batch(o_ptr, batch, o_strides), head, start_m, T_q, o_strides, BLOCK_M, HEAD_DIM, LOAD)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     rows = (batch * H + head) * T_q + offs_m
@@ -149,8 +147,8 @@ def _dq_kernel(
     if WINDOW > 0:
         first = tl.maximum(q_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     for start_n in range(first, q_last + 1, BLOCK_N):
-        k = load_tile(k_tiles, kv_head, start_n, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
-        v = load_tile(v_tiles, kv_head, start_n, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
+        k = load_tile(k_rows, kv_head, start_n, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
+        v = load_tile(v_rows, kv_head, start_n, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
         scores = dot(q, tl.trans(k))
         dp = dot(do, tl.trans(v))
         p = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
@@ -190,7 +188,7 @@ def _dkdv_kernel(
 ):
     """One program makes BLOCK_N rows of one KV head's dk and dv. Scores are transposed, keys by queries, so that p^T
     and ds^T go from the registers of one product straight into the next."""
-    ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"
+    ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"  # no descriptor for a single tile
     tile, kv_head = tile_of_program()
     start_n = tile * BLOCK_N  # the first keys are seen by most queries
     H_kv = H // GROUP
@@ -248,7 +246,7 @@ class Tiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    tma: bool = False  # the loop loads through tensor descriptors
+    tma: bool = False  # dkdv alone: its loop loads through tensor descriptors
     maxnreg: int | None = None  # registers a thread; a bound also steers the assembler to a schedule with fewer moves
 
 
@@ -256,9 +254,9 @@ class Tiles(NamedTuple):
 # loops short, which favours small tiles. Chosen on an H100 80GB HBM3 in bf16 by `python bench.py attention`, and by the
 # kernels' times one by one (NOTES.md); 256 is not tuned.
 HOPPER = {
-    (64, False): (Tiles(64, 64, 4, 3, maxnreg=128), Tiles(64, 64, 4, 3, maxnreg=144), Tiles(64, 64, 4, 3, maxnreg=232)),
-    (128, False): (Tiles(128, 128, 8, 3, tma=True), Tiles(128, 64, 8, 3, maxnreg=200), Tiles(64, 64, 4, 2, tma=True)),
-    (128, True): (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2, tma=True)),
+    (64, False): (Tiles(64, 64, 4, 3, maxnreg=128), Tiles(64, 64, 4, 2, maxnreg=128), Tiles(64, 64, 4, 3, maxnreg=232)),
+    (128, False): (Tiles(64, 64, 4, 3, maxnreg=168), Tiles(128, 64, 8, 3, maxnreg=200), Tiles(64, 64, 4, 2, tma=True)),
+    (128, True): (Tiles(64, 64, 4, 3, maxnreg=168), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2, tma=True)),
     (256, False): (Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 2)),
 }
 # The same by the padded head size alone: what fits into the 99 KB of shared memory of every GPU since Ampere. Not tuned.
@@ -268,6 +266,7 @@ AMPERE = {
     256: (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
 }
 FLOAT32 = {64: (Tiles(32, 32, 4, 1),) * 3, 128: (Tiles(32, 32, 4, 1),) * 3, 256: (Tiles(16, 16, 4, 1),) * 3}
+HEADS_TOGETHER = 16  # walked side by side in the backward pass, so that the long programs of all start before the short ones
 L2_SHARE = 16 << 20  # bytes that heads walked together may read over and over: a third of an H100's L2 cache
 
 
@@ -363,7 +362,7 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
     launch(
         _dq_kernel,
         dq_tiles,
-        grid_of(cdiv(T_q, dq_tiles.block_m), B * H, 1),
+        grid_of(cdiv(T_q, dq_tiles.block_m), B * H, 1 if window else HEADS_TOGETHER),
         (q, k, v, window, scale),
         o_ptr=o,
         do_ptr=do,
@@ -373,13 +372,10 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
         o_strides=strides(o),
         dq_strides=strides(dq),
     )
-    num_tiles = cdiv(T_k, dkdv_tiles.block_n)
-    # with few heads, as in MQA, enough of them that the long programs of all start before the short ones of any
-    together = 1 if window else max(heads_in_cache(q, H // H_kv), cdiv(512, num_tiles))
     launch(
         _dkdv_kernel,
         dkdv_tiles,
-        grid_of(num_tiles, B * H_kv, together),
+        grid_of(cdiv(T_k, dkdv_tiles.block_n), B * H_kv, HEADS_TOGETHER),
         (q, k, v, window, scale),
         do_ptr=do,
         dk_ptr=dk,
