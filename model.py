@@ -274,7 +274,7 @@ class GPT(nn.Module):
         logits = self.logits(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
-    def compile_stages(self, together=4):
+    def compile_stages(self, together=2):
         """Compile for training: what lies before the Blocks, so many Blocks at a time, and what lies behind them. Stages
         whose windows are the same share a compilation. All Blocks at once would take longer to compile, and one by one
         each would write the residual stream for the next to read."""
