@@ -13,12 +13,16 @@ WORTH_IT = 2**19  # multiplications; below, oneDNN's own work for a call (about 
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, through oneDNN where that is faster: float32 on a CPU, and not tiny."""
+    """`nn.Linear`, through oneDNN where that is faster: float32 on a CPU, and not tiny. Compiled, in the form that gives the
+    compiler most to choose from."""
 
     def forward(self, x):
-        if (
-            not torch.compiler.is_compiling()  # the compiler has its own choice, and cannot trace the questions below
-            and x.device.type == "cpu"
+        if torch.compiler.is_compiling():  # the compiler chooses for itself, and cannot trace the questions below
+            if self.bias is not None and x.numel() == self.in_features:
+                # for a single row Inductor writes a kernel of its own, but not for one with a bias (see compile_blocks)
+                return F.linear(x, self.weight) + self.bias
+        elif (
+            x.device.type == "cpu"
             and x.dtype == torch.float32
             and x.numel() * self.out_features >= WORTH_IT
             and torch.backends.mkldnn.is_available()

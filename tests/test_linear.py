@@ -59,3 +59,18 @@ def test_small_products_half_precision_and_autocast_go_through_torch(calls):
         with torch.autocast("cpu", torch.bfloat16):
             assert linear.Linear(768, 1000)(torch.randn(4, 768)).dtype == torch.bfloat16
     assert not calls
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_compiled_in_one_graph_where_a_single_row_has_its_bias_added_behind(rows, calls):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    layer = linear.Linear(768, 1000)
+    x = torch.randn(rows, 768)
+    out = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)(x)
+    assert torch.allclose(out, nn.functional.linear(x, layer.weight, layer.bias), atol=1e-4)
+    assert not calls and len(graphs) == 1 and ("operator.add" in graphs[0]) == (rows == 1)
