@@ -49,7 +49,7 @@ NEEDS_GPU = {"attention": True, "train": True, "decode": True, "engine": False, 
 def main(argv):
     words, config = parse(argv, BenchConfig, usage=__doc__)
     if len(words) != 1 or words[0] not in NEEDS_GPU:
-        raise UserError(f"bench.py takes the name of one measurement, {' or '.join(NEEDS_GPU)}, got {' '.join(words) or 'none'}")
+        raise UserError(f"bench.py takes one of {', '.join(NEEDS_GPU)}; got {' '.join(words) or 'none'}")
     name = words[0]
     if NEEDS_GPU[name] and not torch.cuda.is_available():
         raise UserError(f"bench.py {name} times GPU kernels and finds no NVIDIA GPU; run it on a machine that has one")

@@ -32,7 +32,7 @@ from typing import Annotated
 
 from benchmarks import markdown
 from benchmarks.plots import pyplot
-from benchmarks.runs import by_variant, distinct, lacking, load, objections, read_json
+from benchmarks.runs import by_variant, distinct, lacking, load, objections, read_json, value_at
 from config import UserError, parse, run
 
 
@@ -40,7 +40,7 @@ from config import UserError, parse, run
 class CompareConfig:
     out: Annotated[str, "folder for table, plot and what was read of the runs"] = "results/compare"
     target_loss: Annotated[float, "how long until this validation loss; 0: the lowest that all runs reach"] = 0.0
-    decode: Annotated[str, "decoding speeds, as bench.py variants writes them; left out when it is missing"] = (
+    decode: Annotated[str, "what bench.py variants wrote, on a CPU results/variants-cpu.json; left out when missing"] = (
         "results/variants.json"
     )
     readme: Annotated[str, "file to put the table into, between its two marks; empty: none"] = ""
@@ -65,7 +65,7 @@ def main(argv):
     results = compare(variants, config.target_loss, decode)
     results["notes"] = notes + wrong + ["speeds are of different devices"] * (len(results["devices"]) > 1)
     results["command"] = shlex.join(["python", "compare.py", *argv])
-    print(section(results))
+    print(section(results, pad=True))
     out = Path(config.out)
     write(out, results, runs)
     try:
@@ -97,7 +97,7 @@ def compare(variants, target_loss, decode):
         "decode": {key: decode[key] for key in ("shape", "tokens", "device")} if decode else None,
         "data": first["data"].get("source"),
         "tokens": sorted({found.rows[-1]["tokens"] for found in runs}),
-        "eval_tokens": first["train"]["eval_tokens"],
+        "eval_tokens": min(first["train"]["eval_tokens"], value_at(first, "data.splits.val.tokens") or math.inf),
     }
 
 
@@ -143,7 +143,7 @@ def read_decode(path, required):
     """What bench.py variants wrote, or None."""
     if not Path(path).is_file():
         if required:
-            raise UserError(f"no file {path}; python bench.py variants writes it")
+            raise UserError(f"no file {path}; python bench.py variants writes results/variants.json, on a CPU results/variants-cpu.json")
         return None
     found = read_json(Path(path))
     if lacking(found, DECODE) or not all(is_decode_row(row) for row in found["rows"]):
@@ -230,9 +230,9 @@ def verdicts(rows):
         deviation = math.sqrt(sum(row["seed_freedom"] * row["seed_deviation"] ** 2 for row in repeated) / freedom)
         names = ", ".join(f"{row['seeds']} seeds of {row['variant']}" for row in repeated)
         lines.append(
-            f"Noise: {names} have a standard deviation of {deviation:.4f} over the evaluations of the last half; a "
-            f"difference of final losses counts outside the 95% band of Student's t for {freedom} independent ones "
-            f"(they resemble one another, so two count as one, and all those of two seeds as three at most)."
+            f"Noise: over the evaluations of the last half, {names} differ by a standard deviation of {deviation:.4f}. "
+            f"A difference of final losses counts if it lies outside the 95% band (Student's t, {freedom} "
+            f"degree{'s' if freedom > 1 else ''} of freedom)."
         )
     elif others:
         lines.append("Noise: unknown, so no difference counts; train a variant again with another --seed.")
@@ -249,7 +249,7 @@ def verdicts(rows):
 
 # Showing it.
 
-def section(results):
+def section(results, pad=False):
     """What is printed, and stands in the README: the table, its verdicts, and what they were measured on."""
     there = [name for name in ("torch", "triton") if name in results["versions"]]
     versions = ", ".join(f"{name} {results['versions'][name]}" for name in there)
@@ -257,7 +257,7 @@ def section(results):
     commits = ", ".join(commit[:10] + commit[40:] for commit in results["git_commits"] if commit) or "unknown"
     on = f"Measured on {', '.join(results['devices'])}, {', '.join(results['dtypes'])}, {versions}, commit {commits}; "
     on += f"{tokens} tokens of {results['data']} a run, loss on {count(results['eval_tokens'])} others; `{results['command']}`"
-    lines = [*table(results), ""] + [f"- {line}" for line in results["verdicts"]]
+    lines = [*table(results, pad), ""] + [f"- {line}" for line in results["verdicts"]]
     if any(row["decode_tokens_per_s"] for row in results["rows"]):
         shape, tokens, device = (results["decode"][key] for key in ("shape", "tokens", "device"))
         model = f"{shape['n_layer']} layers of {shape['n_embd']:,} channels, sequences of {tokens:,} tokens"
@@ -266,7 +266,7 @@ def section(results):
     return "\n".join([*lines, "", on])
 
 
-def table(results):
+def table(results, pad):
     """The rows as lines of markdown."""
     rows = results["rows"]
     decoding = [row["decode_tokens_per_s"] for row in rows if row["decode_tokens_per_s"]]
@@ -285,14 +285,14 @@ def table(results):
         "peak memory": cells(rows, "peak_mem_gib", "{:.1f} GiB"),
         "MFLOP/token": [f"{row['flops_per_token'] / 1e6:,.0f}" for row in rows],
         "KV bytes/token": cells(rows, "kv_bytes_per_token", "{:,.0f}"),
-        "needed at full context": cells(rows, "kv_bytes_needed", "{:,.0f}"),
+        "KV bytes/token at full context": cells(rows, "kv_bytes_needed", "{:,.0f}"),
         f"training time to {results['target_loss']:.4g}": cells(rows, "target_time_s", "{:,.0f} s"),
-        "tokens to it": [count(row["target_tokens"]) for row in rows],
+        f"tokens to {results['target_loss']:.4g}": [count(row["target_tokens"]) for row in rows],
         f"decode tokens/s, batch {batch}": [
             f"{row['decode_tokens_per_s'][batch]:,.0f}" if batch in row["decode_tokens_per_s"] else "" for row in rows
         ],
     }
-    return markdown.table(columns)
+    return markdown.table(columns, pad)
 
 
 def cells(rows, key, form):
@@ -327,6 +327,7 @@ def write(out, results, runs):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows), encoding="utf-8")
     if others := sorted(path.name for path in (out / "runs").iterdir() if path.name not in names):
         print(f"\n{out / 'runs'} also holds runs that are not in this table: {', '.join(others)}")
+        print("(from earlier comparisons; remove them if you do not want them)")
 
 
 def plot(variants, results, path):
@@ -334,6 +335,8 @@ def plot(variants, results, path):
     plt = pyplot()
     plt.rcParams.update({"svg.hashsalt": "compare.py", "axes.grid": True, "grid.alpha": 0.3})
     figure, ((tokens, time), (cache, decode)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for axis in (tokens, time, cache):
+        axis.axvline(0, color="grey")
     early = []  # losses after a third of the run: what is higher would flatten all that counts
     for i, ((label, group), row) in enumerate(zip(variants.items(), results["rows"], strict=True)):
         colour = f"C{i}"
@@ -346,16 +349,15 @@ def plot(variants, results, path):
             axis.plot(xs, means, label=label, color=colour, marker=".")
             axis.fill_between(xs, *([middle(each) for each in losses.values()] for middle in (min, max)), color=colour, alpha=0.2)
         finals = [found.last_evaluation()["val/loss"] for found in group]
-        cache.plot([row["kv_bytes_needed"]] * len(finals), finals, color=colour, marker="o")
-        cache.annotate(f" {label}", (row["kv_bytes_needed"], row["final_loss"]), color=colour)
+        cache.plot([row["kv_bytes_needed"]] * len(finals), finals, label=label, color=colour, marker="o")
         speeds = sorted((int(batch), speed) for batch, speed in row["decode_tokens_per_s"].items())
         if speeds:
             decode.plot(*zip(*speeds, strict=True), label=label, color=colour, marker=".")
     for axis, unit in ((tokens, "million tokens"), (time, "minutes of training")):
         axis.set(xlabel=unit, ylabel="validation loss", ylim=(None, max(early, default=None)))
         axis.legend()
-    cache.margins(0.2)
-    cache.set(xlabel="KV bytes a token needs at full context", ylabel="final validation loss", xscale="log")
+    cache.set(xlabel="KV bytes/token at full context", ylabel="final validation loss")
+    cache.legend()
     decode.set(xlabel="sequences at once", ylabel="decoded tokens/s", xscale="log", yscale="log")
     decode.legend() if decode.lines else decode.set_axis_off()
     figure.savefig(path.with_suffix(".png"), dpi=120)

@@ -160,11 +160,12 @@ def help_text(schemas, usage):
     rows, seen = [], set()
     for schema in schemas:
         hints = typing.get_type_hints(schema, include_extras=True)
+        rows.append((f"\n{schema.__name__.removesuffix('Config').lower()} keys, with [default]:", "", ""))
         for field in dataclasses.fields(schema):
             if field.name not in seen:
                 seen.add(field.name)
                 _, explanation = explained(hints[field.name])
                 default = str(field.default).lower() if isinstance(field.default, bool) else repr(field.default)
                 rows.append((f"  --{field.name}={takes(hints[field.name])}", f"[{default}]", explanation))
-    wide = max(len(row[0]) for row in rows)
-    return "\n".join([usage.strip(), "", "keys, with [default]:"] + [f"{a:<{wide}}  {b}  {c}" for a, b, c in rows])
+    wide, wider = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join([usage.strip()] + [f"{a:<{wide}}  {b:<{wider}}  {c}".rstrip(" ") for a, b, c in rows])

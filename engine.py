@@ -74,8 +74,9 @@ class Stats:
     def __str__(self):
         rates = (("prefill", self.prefill_tokens, self.prefill_s), ("decode", self.decode_tokens, self.decode_s))
         parts = [f"{name} {count} tokens, {count / seconds:,.0f} tokens/s" for name, count, seconds in rates if count]
-        parts.append(f"at most {self.peak_pages} pages held, {self.unused_share:.1%} of them unused")
-        parts.append(f"{self.unused_share_of_reserving:.1%} if max_seq_len were reserved")
+        parts.append(f"at most {self.peak_pages} page{'s' * (self.peak_pages != 1)} held")
+        unused = f"{self.unused_share:.1%} of the cache memory held was empty"
+        parts.append(f"{unused} ({self.unused_share_of_reserving:.1%} if each sequence reserved max_seq_len)")
         parts += [f"{self.found_tokens} tokens found in the cache"] if self.found_tokens else []
         parts += [f"{self.preemptions} preemptions"] if self.preemptions else []
         return "; ".join(parts)
@@ -148,7 +149,7 @@ class Engine:
         self.running = []  # in order of arrival; all of them came before those who wait
         self.launched = deque()  # steps: (their pieces, what they draw)
         self.read_at = 0.0  # when the last step was read
-        self.stepping = False  # within `step`, or it has not come to its end
+        self.stepping = False  # True within `step`, and for good after one has failed
         self.stats = Stats()
 
     def add(self, request):
@@ -244,7 +245,7 @@ class Engine:
             index += 1
         while self.waiting and budget:
             sequence = self.waiting[0]
-            if sequence.pending or not self.tables.admit(sequence):
+            if sequence.pending or not self.tables.admit(sequence):  # preempted with a token drawn whose id is not read yet
                 break  # nobody overtakes: those behind need not starve the first
             self.running.append(self.waiting.popleft())
             self.stats.found_tokens += sequence.num_computed
@@ -265,7 +266,7 @@ class Engine:
         start = sequence.num_computed
         tokens = sequence.tokens[start : start + n]
         if len(tokens) < n:
-            tokens.append(-1 - sequence.drawn_at)  # pending
+            tokens.append(-1 - sequence.drawn_at)  # its id is not known yet: the row of what the last step drew
         sequence.num_computed += n
         sequence.pending += draws
         if n > 1 or start % self.tables.page_size == 0:  # else no page has filled since the last time

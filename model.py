@@ -1,6 +1,6 @@
 """One decoder, from GPT-2 to today's parts, whose attention type is a config switch.
 
-Read bottom-up: `ModelConfig` turns the switch into two numbers (`n_kv_head`, `window`), `Attention` and `MLP` make a
+Read from the top, the parts before the whole: `ModelConfig` turns the switch into two numbers (`n_kv_head`, `window`), `Attention` and `MLP` make a
 `Block`, `GPT` stacks them. A layer does not know how attention is computed: it calls `attend(layer, q, k, v, window)`.
 Training passes the dense kernel (`dense_attention`), decoding passes the paged cache of the engine.
 """
@@ -30,7 +30,7 @@ class ModelConfig:
     max_seq_len: Annotated[int, "context length in tokens"] = 1024
     vocab_size: Annotated[int, "rows of the embedding; 0: the tokenizer's"] = 0
     attention: Annotated[Literal["mha", "mqa", "gqa", "swa"], "attention type, resolved to n_kv_head and window"] = "mha"
-    window: Annotated[int, "visible keys a query, itself included; 0: max_seq_len / 4 under swa, else no limit"] = 0
+    window: Annotated[int, "keys that a query sees, itself included; 0: max_seq_len / 4 under swa, else no limit"] = 0
     window_pattern: Annotated[str, "repeated over the depth: L a windowed layer, G a global one"] = "L"
     pos: Annotated[Literal["learned", "rope"], "position encoding"] = "learned"
     rope_theta: Annotated[float, "base of the RoPE frequencies"] = 10000.0
@@ -143,7 +143,7 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root mean square norm (Zhang and Sennrich 2019). Its weight follows x: autocast makes heads bfloat16."""
+    """Root mean square norm (Zhang and Sennrich 2019). Its weight is cast to x's dtype: under autocast heads are bfloat16."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -224,7 +224,7 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
-        self.stages = [tuple(self.blocks)]  # run one after the other, each by one call of `run_blocks`
+        self.stages = [tuple(self.blocks)]  # the Blocks, in groups that are compiled together: see `compile_stages`
         self.norm = make_norm(config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -239,7 +239,7 @@ class GPT(nn.Module):
 
         tokens:    (B, T) ids
         attend:    attend(layer, q, k, v, window) with q (B, T, H, D), k and v (B, T, H_kv, D) gives (B, T, H, D); layer
-                   is the `Attention` that asks (its number would be a constant, and each layer be compiled anew)
+                   is the `Attention` that asks (not its number: torch.compile would compile every layer for its own)
         positions: (B, T) or (T,) positions of the tokens, 0..T-1 when None
 
         Returns (B, T, n_embd).
@@ -275,7 +275,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
     def compile_stages(self, together=2):
-        """Compile for training: what lies before the Blocks, so many Blocks at a time, and what lies behind them. Stages
+        """Compile for training: what lies before the Blocks, `together` Blocks at a time, and what lies behind them. Stages
         whose windows are the same share a compilation. All Blocks at once would take longer to compile, and one by one
         each would write the residual stream for the next to read."""
         self.stages = [tuple(self.blocks[i : i + together]) for i in range(0, len(self.blocks), together)]
@@ -300,6 +300,7 @@ class GPT(nn.Module):
         """
 
         def draw(weight, name, std):
+            # crc32, because hash() of a string differs from process to process
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=generator))
 
@@ -341,5 +342,5 @@ class GPT(nn.Module):
 
 def mean_visible_keys(seq_len, window):
     """Keys that a query sees, on average over the positions of a causal sequence; window 0 means no limit."""
-    w = min(window or seq_len, seq_len)
+    w = min(window or seq_len, seq_len)  # the first w positions see 1 to w keys, all others w
     return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len

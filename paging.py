@@ -98,7 +98,7 @@ class PageAllocator:
 
 
 class Prefix:
-    """A page's worth of text behind another Prefix: what the cache knows by heart.
+    """A page's worth of tokens behind another Prefix, or behind nothing: texts with the same beginning share them.
 
     Found by `key`, the number of the Prefix before it and its own tokens, so that two texts share a Prefix exactly when
     all of their tokens are equal: a dictionary compares keys that have the same hash.
@@ -111,8 +111,8 @@ class Prefix:
 
 
 class Row:
-    """A sequence's row of the page tables. Group g holds the pages of index first[g] up to end; index j has the
-    positions j * page_size and following."""
+    """A sequence's row of the page tables. The page of index j has its positions j * page_size and following; group g holds
+    the indices first[g] to end - 1."""
 
     def __init__(self, index, first, end, prefix):
         self.index = index
@@ -185,14 +185,14 @@ class PageTables:
         is known to be the same as long as one group has it.
         """
         found, longest, number = [], 0, 0
-        in_a_row = [0] * len(self.groups)  # pages that a group has, up to here
+        in_a_row = [0] * len(self.groups)  # how many of the last pages a group has, without a gap
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             prefix = self.prefixes.get((number, tuple(tokens[start : start + self.page_size])))
             if prefix is None:
                 break
             found.append(prefix)
             number = prefix.number
-            enough = True
+            enough = True  # whether every group has all pages that the next token sees
             for g, group in enumerate(self.groups):
                 in_a_row[g] = 0 if prefix.pages[g] is None else in_a_row[g] + 1
                 enough &= len(found) - in_a_row[g] <= group.first_seen(start + self.page_size) // self.page_size
@@ -242,7 +242,7 @@ class PageTables:
         """Give back the pages that neither the next token nor a later one sees. Called once a step is scheduled."""
         row = sequence.row
         if sequence.num_computed < row.slides_at:
-            return  # as after most tokens that are decoded
+            return  # as most times: nothing has left a window
         row.slides_at = math.inf
         for g, group in enumerate(self.groups):
             if group.window:

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -56,9 +57,11 @@ class RunLog:
         self.metrics, rows = open_metrics(self.folder / "metrics.jsonl", state["step"])
         samples = samples_until(self.folder / "samples.txt", state["step"])
         self.wandb = WandbMirror(config, facts, rows, samples) if config.wandb != "disabled" else None
+        windows = [window for window in model.config.windows if window]
+        window = f"{windows[0]} in {len(windows)} of {model.config.n_layer} layers" if windows else "none"
         print(
-            f"{facts['params']:,} parameters, {model.config.attention} ({model.config.n_head} query heads, "
-            f"{model.config.n_kv_head} KV heads, window {model.config.window or 'none'}), {facts['device']}, {facts['dtype']}"
+            f"{facts['params']:,} parameters, {model.config.attention} (query heads: {model.config.n_head}, "
+            f"KV heads: {model.config.n_kv_head}, window: {window}), {facts['device']}, {facts['dtype']}"
         )
         verb = f"resumed at step {state['step']}" if state["step"] else "new run"
         print(f"{self.folder}: {verb}, {config.max_steps} steps of {self.tokens_per_step:,} tokens", flush=True)
@@ -97,7 +100,7 @@ class RunLog:
         mfu = f"mfu {row['mfu']:.1%} | " if self.peak else ""
         print(
             f"step {step}/{self.config.max_steps} | loss {loss:.4f} | {row['tokens_per_s']:,.0f} tokens/s | {mfu}"
-            f"{row['peak_mem_gib']:.1f} GiB | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+            f"peak {row['peak_mem_gib']:.1f} GiB | {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
             flush=True,
         )
 
@@ -107,7 +110,8 @@ class RunLog:
             file.write(sample_entry(step, text))
         if self.wandb:
             self.wandb.sample(step, text)
-        print(f"step {step}/{self.config.max_steps} | validation loss {val_loss:.4f} +- {stderr:.4f}, and it writes:")
+        sign = "±".encode(sys.stdout.encoding, "ignore").decode(sys.stdout.encoding) or "+-"
+        print(f"step {step}/{self.config.max_steps} | validation loss {val_loss:.4f} {sign} {stderr:.4f}, and it writes:")
         print("\n".join("    " + line for line in text.splitlines()), flush=True)
 
     def close(self, step):

@@ -34,7 +34,7 @@ from paging import most_touched, pages_for
 from sampling import Limits, Style, draw, logprobs, states_of, style_of, uniform
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-SHORTEST = 256  # graphs are made for lengths up to this, twice this, four times this, ..
+SHORTEST_GRAPH = 256  # graphs are made for lengths up to this, twice this, four times this, ..
 
 
 class Piece(NamedTuple):
@@ -58,24 +58,25 @@ class Shape(NamedTuple):
     style: Style
 
 
-class Block:
+class StepInputs:
     """Named views of a step's block of int32 numbers: of a numpy array on the host, of a tensor on the device."""
 
     def __init__(self, shape, buffer, float32):
         views = iter([buffer[place] for place in layout(shape)[0]])
+        # N tokens, S sequences, R rows to draw
         self.tokens, self.positions = next(views), next(views)  # (N,)
         self.slot_mapping = [next(views) for _ in shape.widths]  # (N,) a group
         self.seq_lens, self.cu_seqlens = next(views), next(views)  # (S,), (S + 1,)
         self.page_tables = [next(views).reshape(shape.num_seqs, width) for width in shape.widths]
-        self.last_rows = next(views)  # (D,) of the N, behind which a token is drawn
+        self.last_rows = next(views)  # (R,) of the N, behind which a token is drawn
         self.limits = Limits(*(x if name == "top_k" else x.view(float32) for name, x in zip(Limits._fields, views)))
 
 
 @lru_cache(maxsize=1024)  # steps that decode come again and again, those with prompts seldom
 def layout(shape):
     """(where the views of a step's block are, how long it is)"""
-    N, S, D, widths = shape[:4]
-    sizes = [N, N, *(N for _ in widths), S, S + 1, *(S * width for width in widths), D, *(D for _ in Limits._fields)]
+    N, S, R, widths = shape[:4]
+    sizes = [N, N, *(N for _ in widths), S, S + 1, *(S * width for width in widths), R, *(R for _ in Limits._fields)]
     places, end = [], 0
     for size in sizes:
         places.append(slice(end, end + size))
@@ -165,7 +166,7 @@ class Runner:
 
         # memory of its own for every step: torch does not hand it out again before the copy to the device is over
         host = torch.zeros(layout(shape)[1], dtype=torch.int32, pin_memory=self.on_cuda)
-        block = Block(shape, host.numpy(), np.float32)
+        block = StepInputs(shape, host.numpy(), np.float32)
         n = int(counts.sum())
         block.tokens[:n] = list(chain.from_iterable(piece.tokens for piece in pieces))
         cu_seqlens = np.arange(shape.num_seqs + 1)  # padding has one query token a row
@@ -195,7 +196,7 @@ class Runner:
     def shape_of(self, counts, longest):
         num_tokens, num_seqs, num_draws = int(counts.sum()), len(counts), len(self.drawing.sequences)
         if self.pads:
-            longest = max(SHORTEST, 1 << (longest - 1).bit_length())
+            longest = max(SHORTEST_GRAPH, 1 << (longest - 1).bit_length())
             if num_tokens == num_seqs == num_draws:
                 num_tokens = num_seqs = num_draws = bucket(num_seqs)
         longest_query = int(counts.max())
@@ -208,8 +209,8 @@ class Runner:
     @torch.inference_mode()
     def compute(self, shape, buffer, lengths):
         """The step itself, in operations that a graph can hold. Returns (ids,) or ids and `sampling.logprobs`."""
-        block = Block(shape, buffer, torch.float32)
-        lengths = Block(shape, lengths, torch.float32)  # of the host, for those who read them there
+        block = StepInputs(shape, buffer, torch.float32)
+        lengths = StepInputs(shape, lengths, torch.float32)  # of the host, for those who read them there
         waiting = self.drawn.index_select(0, (-1 - block.tokens).clamp(min=0))
         tokens = torch.where(block.tokens < 0, waiting, block.tokens)
         attend = partial(self.attend, shape, block, lengths)

@@ -1,6 +1,6 @@
 """Continue prompts with a trained model.
 
-    python sample.py out/quickstart
+    python sample.py out/quickstart --prompt="def "
     python sample.py out/gqa --prompt="ROMEO:" --num_samples=4 --max_new_tokens=200 --temperature=0.8 --top_k=50
     python sample.py out/gqa --prompts_file=prompts.txt --temperature=0 --stop=$'\\n\\n'
     python sample.py out/gqa --prompt="Q: why?" --stop='["\\nQ:", "\\nA:"]' --logprobs=true

@@ -28,8 +28,8 @@ class Sequence:
         self.longest = self.num_prompt + request.max_new_tokens  # tokens with which it ends at the latest
         self.tokens = list(request.prompt)  # and what was generated, as far as it is read
         self.logprobs = []  # of each generated token, if asked for: (its log-probability, {id: of the likeliest ones})
-        self.pending = 0  # tokens drawn but not read; a third is not scheduled before the first of two is read
-        self.drawn_at = 0  # the row of the step where it was drawn
+        self.pending = 0  # tokens drawn but not read: 0 to 2
+        self.drawn_at = 0  # the newest one's row in the runner's `drawn`
         self.num_computed = 0  # tokens whose K and V are in the pages, or will be when the launched steps have run
         self.row = None  # of the page tables, while running
         self.finished = ""  # why: "length", "stop" or "cancelled"

@@ -42,8 +42,8 @@ class TrainConfig:
     batch_size: Annotated[int, "sequences per optimizer step, over all devices"] = 32
     micro_batch_size: Annotated[int, "sequences per device and forward pass; 0: the whole share, no accumulation"] = 0
     max_steps: Annotated[int, "optimizer steps"] = 2000
-    learning_rate: Annotated[float, "its highest value"] = 6e-4
-    min_lr: Annotated[float, "its last value"] = 6e-5
+    learning_rate: Annotated[float, "its peak"] = 6e-4
+    min_lr: Annotated[float, "the learning rate at the end"] = 6e-5
     warmup_steps: Annotated[int, "steps of linear rise"] = 100
     lr_schedule: Annotated[Literal["cosine", "wsd"], "wsd: stable, then linear decay over the last fifth"] = "cosine"
     weight_decay: Annotated[float, "on matrices and embeddings; vectors have none"] = 0.1
@@ -59,7 +59,7 @@ class TrainConfig:
     resume: Annotated[Literal["auto", "never"], "auto: go on from the newest checkpoint of out_dir"] = "auto"
     init_from: Annotated[str, "run folder whose weights to start from; empty: random weights"] = ""
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "auto: the best there is"] = "auto"
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], "of the products; auto: bfloat16 on GPUs that have it"] = "auto"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], "of matrix products; auto: bfloat16 on GPUs that have it"] = "auto"
     compile: Annotated[Literal["auto", "on", "off"], "torch.compile; auto: on for CUDA"] = "auto"
     attention_impl: Annotated[Literal["auto", "triton", "sdpa", "reference"], "auto: the fastest of this device"] = "auto"
     wandb: Annotated[Literal["disabled", "offline", "online"], "offline writes below out_dir"] = "offline"

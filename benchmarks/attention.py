@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import captured, median_ms, write_results
-from benchmarks.plots import pyplot
+from benchmarks.plots import NAMES, pyplot
 from kernels import reference
 
 Shape = namedtuple("Shape", "B H H_kv T D window")
@@ -162,15 +162,20 @@ def compiled_flex():
 def plot_attention(rows, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    panels = ((SWEEP, "forward_tflops"), (SWEEP, "backward_tflops"), (WINDOWED, "forward_ms"))
-    for axis, (shapes, key) in zip(axes, panels, strict=True):
+    panels = (
+        (SWEEP, "forward_tflops", "forward, TFLOP/s"),
+        (SWEEP, "backward_tflops", "backward, TFLOP/s"),
+        (WINDOWED, "forward_ms", "forward, ms"),
+    )
+    for axis, (shapes, key, label) in zip(axes, panels, strict=True):
         for peer in dict.fromkeys(row["peer"] for row in rows):
             points = [(row["T"], row[key]) for row in rows if row["peer"] == peer and shape_of(row) in shapes]
-            axis.plot(*zip(*points, strict=True), marker="o", label=peer) if points else None
+            axis.plot(*zip(*points, strict=True), marker="o", label=NAMES[peer]) if points else None
         shape = shapes[0]
-        axis.set(xscale="log", xlabel="T", ylabel=key, title=f"H {shape.H}, D {shape.D}, window {shape.window or 'none'}")
+        axis.set(xscale="log", xlabel="T", ylabel=label, title=f"H {shape.H}, D {shape.D}, window {shape.window or 'none'}")
         axis.set_xticks([shape.T for shape in shapes], [shape.T for shape in shapes])
         axis.minorticks_off()
         axis.legend()
+    axes[0].set_ylim(0), axes[1].set_ylim(0)
     axes[2].set_yscale("log")  # linear in T is a straight line here as well
     figure.savefig(path, dpi=120)

@@ -24,6 +24,10 @@ def make_model(sizes, device, dtype, **keys):
     return model.to(device, dtype).eval()
 
 
+def shape_text(config):
+    return f"n_layer {config.n_layer}, n_head {config.n_head}, head_dim {config.head_dim}"
+
+
 def grouping_shrinks_the_cache(sizes, device, dtype, rounds):
     """What a token adds: two pools of different size are made, so that all else that an engine holds cancels out."""
     measured, expected = {}, {}
@@ -36,7 +40,7 @@ def grouping_shrinks_the_cache(sizes, device, dtype, rounds):
     texts = [f"{name} {measured[name]:,.0f} bytes a token ({ratios[name]:.4f})" for name in measured]
     return {
         "claim": "MQA and GQA shrink the KV cache to n_kv_head / n_head",
-        "formula": "2 n_layer n_kv_head head_dim values a token; "
+        "formula": f"2 n_layer n_kv_head head_dim values a token, here {shape_text(model.config)}; "
         + ", ".join(f"{name}: {share:.4f} of mha" for name, share in expected.items()),
         "measured": ", ".join(texts),
         "because": cache_objection(ratios, expected),
@@ -86,7 +90,8 @@ def gqa_decodes_nearly_as_fast(sizes, device, dtype, rounds):
     texts = [f"{', '.join(f'{name} {speeds[name][batch]:,.0f}' for name in speeds)} at batch {batch}" for batch in size.batches]
     return {
         "claim": "GQA decodes nearly as fast as MQA",
-        "formula": "a step reads all weights once, and 2 n_layer n_kv_head head_dim values a token of each sequence",
+        "formula": "a step reads all weights once, and 2 n_layer n_kv_head head_dim values a token of each sequence, "
+        f"here {shape_text(gqa.config)}",
         "measured": f"tokens/s with {size.tokens} tokens a sequence: {'; '.join(texts)}. GQA at "
         f"{', '.join(f'{share:.0%}' for share in shares.values())} of MQA; its step reads "
         f"{weights / 1e9:.3g} GB of weights and {', '.join(f'{cache / 1e9:.3g}' for cache in caches.values())} GB of cache",

@@ -173,9 +173,9 @@ def plot_decode(rows, path):
     names = [", ".join(map(str, shape)) for shape in SHAPES]
     axes[0].barh(names, [ours[shape]["of_copy"] for shape in SHAPES])
     axes[0].invert_yaxis()
-    axes[0].set(xlabel="of copy bandwidth", title="B, H, H_kv, T, D, page, window")
+    axes[0].set(xlabel="share of a copy's bandwidth", title="B, H, H_kv, T, D, page, window")
     axes[1].plot([s.B for s in BATCHES], [ours[s]["us"] for s in BATCHES])
-    axes[1].set(xlabel="batch", ylabel="us", title="T 1024, 32 heads of 128, 8 KV heads", ylim=0)
+    axes[1].set(xlabel="batch", ylabel="µs", title="T 1024, 32 heads of 128, 8 KV heads", ylim=0)
     axes[2].plot([s.T for s in WINDOWED], [ours[s]["us"] for s in WINDOWED], marker="o")
-    axes[2].set(xscale="log", xlabel="T", ylabel="us", title="window 1024, batch 64", ylim=0)
+    axes[2].set(xscale="log", xlabel="T", ylabel="µs", title="window 1024, batch 64", ylim=(0, 1.1 * axes[2].dataLim.ymax))
     figure.savefig(path, dpi=120)

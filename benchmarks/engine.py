@@ -191,8 +191,8 @@ def check_greedy(model, prompt, generated, vocab_size=None):
 def plot_memory(trace, path):
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for column, label in ((2, "max_seq_len reserved for each sequence"), (1, "pages held"), (0, "tokens")):
-        axis.plot([row[column] / 1000 for row in trace], label=label)
+    for column, label, style in ((2, "max_seq_len reserved for each sequence", "-"), (0, "tokens", "-"), (1, "pages held", "--")):
+        axis.plot([row[column] / 1000 for row in trace], style, label=label)
     axis.set(xlabel="step", ylabel="KV cache, thousand tokens", title=LOADS[-1].name)
     axis.legend()
     figure.savefig(path, dpi=120)

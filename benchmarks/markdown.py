@@ -3,11 +3,12 @@
 from config import UserError
 
 
-def table(columns):
-    """{header: cells} as lines. A column without any text is left out."""
+def table(columns, pad=False):
+    """{header: cells} as lines. A column without any text is left out. With pad its cells are as wide as its widest."""
     shown = {header: texts for header, texts in columns.items() if any(texts)}
+    widths = [max(map(len, [header, *texts])) * pad for header, texts in shown.items()]
     lines = [shown, ["---"] * len(shown), *zip(*shown.values(), strict=True)]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
 
 
 def marked(name, text):

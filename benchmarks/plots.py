@@ -1,5 +1,8 @@
 """How measurements are drawn."""
 
+NAMES = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention", "fa3": "FlashAttention-3"}
+NAMES |= {"efficient": "memory-efficient", "transformers": "transformers"}
+
 
 def pyplot():
     """Matplotlib for files, on machines without a screen. Imported here, because all but the plots does without it."""
@@ -16,6 +19,9 @@ def lines(axis, series, xlabel, ylabel):
     for label, points in series.items():
         axis.plot(*zip(*points, strict=True), marker="o", label=label)
     axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    xs = sorted({x for points in series.values() for x, _ in points})
+    axis.set_xticks(xs, xs)
+    axis.set_xticks([], minor=True)
 
 
 def bars(axis, values, ylabel):

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from benchmarks import markdown
+from benchmarks.plots import NAMES
 from benchmarks.runs import read_json
 from config import UserError
-
-NAMES = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention", "fa3": "FlashAttention-3"}
-NAMES |= {"efficient": "memory-efficient", "transformers": "transformers"}
 
 
 def write_tables(config):
@@ -15,7 +13,7 @@ def write_tables(config):
     if not text:
         raise UserError(f"{config.out_dir} holds no results; python bench.py attention is one of the programs that write some")
     markdown.put_into(Path("README.md"), "bench.py tables", text)
-    print(text)
+    print(f"{text}\n\nREADME.md: tables replaced")
 
 
 def section(folder):
@@ -59,7 +57,8 @@ def train(facts):
 def decode(facts):
     from benchmarks.decode import SHAPES, shape_of
 
-    rows = [row for row in facts["rows"] if row["peer"] == "ours" and shape_of(row) in SHAPES]
+    ours = {shape_of(row): row for row in facts["rows"] if row["peer"] == "ours"}
+    rows = [ours[shape] for shape in SHAPES if shape in ours]
     return {
         "B, H, H_kv, T, D, page, window": [", ".join(map(str, shape_of(row))) for row in rows],
         "us": [f"{row['us']:.1f}" for row in rows],

@@ -58,6 +58,8 @@ def bench_variants(config):
     device = pick_device("auto")
     dtype, sizes = pick_dtype("auto", device), SIZES["cuda" if device.type == "cuda" else "cpu"]
     rows = []
+    memory = f"{sizes.cache_bytes / 2**20:,.0f} MiB"
+    print(f"cache bytes a token; sequences of {sizes.tokens:,} tokens in {memory}; decoded tokens/s of so many at once:")
     print(f"{'':16}{'bytes/token':>12}{'sequences':>11}" + "".join(f"{f'batch {batch}':>12}" for batch in sizes.batches))
     for attention in VARIANTS:
         model = random_model({**sizes.shape, **PARTS, **attention}, device, dtype)
@@ -147,10 +149,9 @@ def decode_speed(engine, sizes, batch, check=False):
 def plot_variants(rows, sizes, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
-    most = f"sequences of {sizes.tokens} tokens in {sizes.cache_bytes / 2**30:.3g} GiB"
+    most = f"sequences of {sizes.tokens} tokens in {sizes.cache_bytes / 2**20:,.0f} MiB"
     bars(axes[0], {row["variant"]: row["kv_bytes_per_token"] / 1024 for row in rows}, "KV cache a token, KiB")
     bars(axes[1], {row["variant"]: row["largest_batch"] for row in rows}, most)
-    axes[1].set_yscale("log")
     speeds = {row["variant"]: [point for point in row["decode_tokens_per_s"].items() if point[1]] for row in rows}
     lines(axes[2], speeds, "batch", f"decoded tokens/s at {sizes.tokens} tokens")
     axes[2].legend()

@@ -12,6 +12,10 @@ the backward pass.
 
 Limits: no dropout, bias or padding mask; D a multiple of 8 from 16 to 256, computed at the next power of two; float32
 runs in IEEE arithmetic without tensor cores, so it is for checking, not for speed; no second derivatives.
+
+For those new to Triton: a kernel runs once for each cell of a grid, as a "program", on whole tiles, which are small matrices
+in registers. tl.program_id says which cell. tl.constexpr arguments are compiled in, one kernel for each value. tl.load and
+tl.store take tiles of addresses, and their mask switches elements off; tl.dot is a matrix product.
 """
 
 import math
@@ -40,6 +44,7 @@ from kernels.primitives import (
 )
 
 
+# do_not_specialize: else Triton would compile further kernels for lengths that are 1 or no multiple of 16.
 @triton.jit(do_not_specialize=["T_q", "T_k"])
 def _forward_kernel(
     q_ptr,  # (B, T_q, H, D)
@@ -60,7 +65,7 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LOAD: tl.constexpr,
+    LOAD: tl.constexpr,  # of `load_tile`
 ):
     """One program makes BLOCK_M rows of one head's output."""
     tile, head = tile_of_program()
@@ -83,6 +88,7 @@ def _forward_kernel(
         k = load_tile(k_rows, kv_head, start_n, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
         v = load_tile(v_rows, kv_head, start_n, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
         scores = dot(q, tl.trans(k))
+        # Most tiles need no mask, and skip it. Keys past T_k need none of their own: they lie behind every query.
         if cut_by_mask(q_first, q_last, start_n, start_n + BLOCK_N - 1, WINDOW):
             k_pos = start_n + tl.arange(0, BLOCK_N)
             scores = tl.where(visible(q_pos[:, None], k_pos[None, :], WINDOW), scores, float("-inf"))
@@ -90,7 +96,7 @@ def _forward_kernel(
 
     l_i = tl.sum(l_i, 1)
     lse = m_i + tl.log2(l_i)
-    lse += (l_i * tl.exp2(m_i - lse) - 1) * LOG2_E  # one step of Newton: the hardware's log2 is 10 roundings off
+    lse += (l_i * tl.exp2(m_i - lse) - 1) * LOG2_E  # a Newton step: the hardware's log2 is off by 10 roundings
     tl.store(lse_ptr + (batch * H + head) * T_q + offs_m, lse, mask=offs_m < T_q)
     o = acc * (1 / l_i)[:, None]
     store_tile(of_batch(o_ptr, batch, o_strides), o, head, start_m, T_q, o_strides, BLOCK_M, HEAD_DIM)
@@ -105,7 +111,7 @@ def _dq_kernel(
     do_ptr,
     dq_ptr,  # written
     lse_ptr,  # (B, H, T_q)
-    stats_ptr,  # (B, H, T_q, 2), written: lse and delta side by side
+    stats_ptr,  # (B, H, T_q, 2), written: lse and delta side by side, so that dkdv loads both at once
     q_strides,  # (batch, token, head), in elements; D is contiguous
     k_strides,
     v_strides,
@@ -141,7 +147,7 @@ def _dq_kernel(
     q_pos = offs_m + (T_k - T_q)
     q_first = start_m + (T_k - T_q)
     q_last = tl.minimum(q_first + BLOCK_M, T_k) - 1
-    dq = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)
+    dq = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)  # rows past T_q get something, and are not stored
 
     first = 0
     if WINDOW > 0:
@@ -227,7 +233,7 @@ def _dkdv_kernel(
         q_first = start_m + shift
         if cut_by_mask(q_first, q_first + BLOCK_M - 1, start_n, start_n + BLOCK_N - 1, WINDOW):
             p = tl.where(visible(offs_m[None, :] + shift, k_pos[:, None], WINDOW), p, 0.0)
-        ds = p * (dp - delta[None, :])
+        ds = p * (dp - delta[None, :])  # of rows past T_q p may be 1, but do, and with it dp and delta, are 0
         dv = add_dot(dv, p.to(do.dtype), do)
         dk = add_dot(dk, ds.to(q.dtype), q)
 
@@ -247,11 +253,11 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False  # dkdv alone: its loop loads through tensor descriptors
-    maxnreg: int | None = None  # registers a thread; a bound also steers the assembler to a schedule with fewer moves
+    maxnreg: int | None = None  # most registers per thread; fewer let more programs share a multiprocessor
 
 
-# (forward, dq, dkdv) by the padded head size and whether there is a window, where that asks for others: a window makes
-# loops short, which favours small tiles. Chosen on an H100 80GB HBM3 in bf16 by `python bench.py attention`, and by the
+# (forward, dq, dkdv) by the padded head size and by whether there is a window; without an entry (size, True) that without a
+# window is taken. A window makes loops short, which favours small tiles. Chosen on an H100 80GB HBM3 in bf16 by `python bench.py attention`, and by the
 # kernels' times one by one (NOTES.md); 256 is not tuned.
 HOPPER = {
     (64, False): (Tiles(64, 64, 4, 3, maxnreg=128), Tiles(64, 64, 4, 2, maxnreg=128), Tiles(64, 64, 4, 3, maxnreg=232)),
@@ -266,7 +272,7 @@ AMPERE = {
     256: (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
 }
 FLOAT32 = {64: (Tiles(32, 32, 4, 1),) * 3, 128: (Tiles(32, 32, 4, 1),) * 3, 256: (Tiles(16, 16, 4, 1),) * 3}
-HEADS_TOGETHER = 16  # walked side by side in the backward pass, so that the long programs of all start before the short ones
+HEADS_TOGETHER = 16  # in the backward pass: their programs alternate, so that the long ones of all start before the short ones
 L2_SHARE = 16 << 20  # bytes that heads walked together may read over and over: a third of an H100's L2 cache
 
 
@@ -279,14 +285,15 @@ def choose_tiles(q, window):
 
 
 def heads_in_cache(x, heads):
-    """How many times `heads` heads of x, and of another tensor of its shape, fit into their share of the L2 cache."""
+    """How many query heads to walk side by side: as many as have their keys and values, x and another tensor of its shape, in
+    the L2 cache's share. heads: KV heads to a query head, below 1 in groups."""
     return max(1, int(L2_SHARE / (2 * x.shape[1] * x.shape[3] * x.element_size() * heads)))
 
 
 @cache
 def grid_of(num_tiles, heads, together):
     """A program for each tile of each head, in the order of `tile_of_program`: `together` heads side by side, or the next
-    number below that divides them. The divisions are done here, because a program would wait for its own to end."""
+    number below that divides them. Divided here once, and not in every program."""
     most = 65535  # programs along the third axis
     divisors = [n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= most]
     together = max((n for n in divisors if n <= together), default=divisors[0])
@@ -351,7 +358,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tupl
 @torch.library.custom_op("attention::flash_backward", mutates_args=())
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, scale: float) -> Tensor:
     """dq, dk and dv side by side, (B, T_k, H + 2 H_kv, D), as a fused projection had q, k and v: its own backward pass,
-    when compiled, then finds them in place and copies nothing. dq is in the last T_q tokens; those before hold nothing."""
+    when compiled, then finds them in place and copies nothing. dq fills the last T_q tokens; those before are not written."""
     B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
     q, k, v, do = (kernel_layout(x) for x in (q, k, v, do.contiguous()))
@@ -413,7 +420,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, do, _):
-    q, k, v, o, lse = ctx.saved_tensors  # once: a checkpoint computes them again each time
+    q, k, v, o, lse = ctx.saved_tensors  # read once: activation checkpointing computes them again for each access
     return *split_heads(_backward(do, q, k, v, o, lse, ctx.window, ctx.scale), q, k), None, None
 
 

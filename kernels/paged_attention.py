@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: writing K and V into pages, decoding one token a sequence, prefilling many.
 
-    s = scale * q k^T    o = sum_n exp2(log2(e) * s_n - m) v_n / l    m = max_n log2(e) * s_n    l = sum_n exp2(log2(e) * s_n - m)
+    s = scale * q k^T    m = max_n log2(e) * s_n    l = sum_n exp2(log2(e) * s_n - m)    o = sum_n exp2(log2(e) * s_n - m) v_n / l
 
-Pages are (num_pages, page_size, H_kv, D). Position p of a sequence lies in the page table's column p // page_size modulo
+Pages are (num_pages, page_size, H_kv, D); a slot, page * page_size + offset, is the place of one token. Position p of a sequence lies in the page table's column p // page_size modulo
 its width: the row of a sequence is a ring, so a windowed sequence can go on without end. Query tokens are packed, (N, H, D);
 those of a sequence are its last positions, and see the keys with 0 <= q_pos - k_pos < window, window = 0 meaning no limit.
 Query head h reads KV head h // GROUP. Pages that no query of a tile sees are not read.
@@ -12,7 +12,7 @@ Decoding splits the keys of a sequence over programs:
     (m, l, o) of a split -> memory    the last split of a sequence to arrive: o = sum_i exp2(m_i - m) o_i / l, i ascending
 
 so the order of the sum, and with it the result, is the same in every run, whoever comes last. Where a sequence is cut
-depends on its own length and on the number of splits in the grid, which comes from the shapes and max_seq_len.
+depends on its own length and on the number of splits, which comes from the shapes and max_seq_len alone.
 
 Lengths, page ids and slots are read by the kernels alone, so all of it can be captured in a CUDA graph. The counters by which
 the last split knows itself belong to the device: launches on one device must not overlap, as those of one stream never do.
@@ -44,7 +44,7 @@ from kernels.primitives import (
     visible,
 )
 
-# A batch may be cut from larger arrays of integers at any place: that must not make another kernel.
+# These arrays may begin anywhere within larger ones: Triton would compile one more kernel for each alignment.
 INTEGERS = ["page_table_ptr", "seq_lens_ptr", "cu_seqlens_ptr"]
 
 
@@ -58,7 +58,7 @@ def _write_kernel(
     k_strides,  # (token, head), in elements; D is contiguous
     v_strides,
     HEAD_DIM: tl.constexpr,
-    ROW: tl.constexpr,
+    ROW: tl.constexpr,  # H_kv * D
 ):
     """One program moves K and V of one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -76,7 +76,8 @@ def _write_kernel(
 
 @triton.jit
 def _combine(m_ptr, l_ptr, acc_ptr, unit, num_splits, live, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sum of a sequence's `live` splits in the order of their numbers, several at a time so that their loads overlap."""
+    """Sum of the splits of a unit, which is a sequence and a KV head: the `live` ones that have keys, in the order of their
+    numbers, several at a time so that their loads overlap."""
     HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
     SPLITS: tl.constexpr = max(1, 4096 // (HEADS * BLOCK_D))
     offs_h = tl.arange(0, HEADS)
@@ -141,7 +142,7 @@ def _decode_kernel(
     tiles = tl.cdiv(length - first, BLOCK_N)
     tiles_per_split = tl.maximum(tl.cdiv(tiles, num_splits), shortest)
     live = tl.maximum(tl.cdiv(tiles, tiles_per_split), 1)  # splits that have keys; of an empty sequence one, to write 0
-    if (split >= live) | (token == tl.load(cu_seqlens_ptr + seq + 1)):
+    if (split >= live) | (token == tl.load(cu_seqlens_ptr + seq + 1)):  # no keys left for this split, or no query token
         return
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -171,8 +172,8 @@ def _decode_kernel(
         tl.store(m_ptr + parts, m_i, mask=offs_m < GROUP)
         tl.store(l_ptr + parts, l_i, mask=offs_m < GROUP)
         store_rows(acc_ptr, acc, parts * BLOCK_D, offs_m < GROUP, BLOCK_D)
-        # The stores of all threads come before the barrier, one thread's release makes them visible, and whoever counts
-        # last has acquired those of all others.
+        # The barrier puts the stores of all threads before the count. Its release publishes them, and the last program's
+        # acquire sees those of all others.
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + unit, 1, sem="acq_rel") == live - 1:
             l_sum, acc_sum = _combine(m_ptr, l_ptr, acc_ptr, unit, num_splits, live, GROUP, BLOCK_D)
@@ -184,7 +185,8 @@ def _decode_kernel(
 @triton.jit
 def _sequence_of_tile(tile, cu_seqlens_ptr, num_seqs, BLOCK_Q: tl.constexpr):
     """(sequence, its first tile). Sequence i begins with tile cu_seqlens[i] // BLOCK_Q + i, which leaves each one tile
-    more than the rows of those before it can fill: enough for the tiles that are not full, and known without lengths."""
+    more than the rows of those before it can fill: enough for the tiles that are not full, and known without lengths. With
+    BLOCK_Q = 4 and 5, 1 and 9 query tokens the first tiles are 0, 2 and 3."""
     seq = -1
     for start in range(0, num_seqs, 128):
         i = start + tl.arange(0, 128)
@@ -267,11 +269,11 @@ def _prefill_kernel(
 class Tiles(NamedTuple):
     """How a kernel is run."""
 
-    block_m: int  # at least; a tile has a row for each query head of a KV head
+    block_m: int  # rows at least; more, if a KV head has more query heads
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int = 0  # decoding: so many programs a multiprocessor the keys are split for
+    programs: int = 0  # decoding: the keys are split for so many programs on each multiprocessor
 
 
 # (decode, prefill) by the padded head size. Keys are found through page ids, so two loads follow each other: five stages
@@ -480,7 +482,7 @@ def write_pages(k, v, k_pages, v_pages, slot_mapping):
     takes = f"({k.shape[0]},) int64 or int32 side by side on {k.device}"
     fits = fits and slot_mapping.dtype in (torch.int64, torch.int32)
     require(fits, "write_pages: slot_mapping", slot_mapping, takes)
-    # the ops are for torch.compile: where nothing is compiled they only cost the host time, as much as all else here
+    # outside torch.compile the op only costs time on the host, as much again as the rest of this call
     (_write if torch.compiler.is_compiling() else write)(k, v, k_pages, v_pages, slot_mapping)
 
 

@@ -9,7 +9,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: exp2 is on
 # -inf - maximum from being NaN where a window hides a whole tile from a row.
 LOWEST = tl.constexpr(-1.0e30)
 
-SUM_PARTS = tl.constexpr(8)  # columns that the tensor cores' layout repeats after
+# A row's sum is carried as 8 sums, one of the columns with the same remainder by 8: in the tensor cores' layout these lie in
+# one thread, which adds them up without asking others.
+SUM_PARTS = tl.constexpr(8)
 
 
 @triton.jit
@@ -31,7 +33,8 @@ def cut_by_mask(q_first, q_last, k_first, k_last, WINDOW: tl.constexpr):
 
 @triton.jit
 def of_batch(ptr, batch, strides):
-    """Where one (T, H, D) element of a (B, T, H, D) tensor begins; strides are (batch, token, head), multiples of 8."""
+    """The address of x[batch] for a (B, T, H, D) tensor x; strides are (batch, token, head), multiples of 8. multiple_of
+    promises that to the compiler, which may then load 16 bytes at once."""
     return ptr + tl.multiple_of(tl.cast(batch, tl.int64) * strides[0], 8)
 
 
@@ -66,7 +69,8 @@ def tile_source(ptr, H, T, strides, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, 
 def load_tile(source, head, start, T, strides, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, LOAD: tl.constexpr):
     """Rows start, start + 1, .. of one head of a (T, H, D) tensor; what is outside it reads as 0.
 
-    LOAD="whole" promises that no tile sticks out, which saves a twentieth of a loop's instructions.
+    LOAD: "whole" promises that no tile sticks out of the tensor, "masked" looks, "tma" takes a tensor descriptor, which
+    looks by itself.
     """
     if LOAD == "tma":
         return source.load([head, start, 0]).reshape(ROWS, triton.next_power_of_2(HEAD_DIM))
@@ -95,15 +99,15 @@ def tile_of_program():
 
 @triton.jit
 def dot(a, b):
-    """a @ b, without the tensor cores' shortened float32."""
+    """a @ b; float32 is multiplied as such, not as TF32."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def dot_in_parts(q, k):
-    """q @ k^T for (M, D) and (N, D). In float32 as the sum of products over 16 numbers: a chain of D roundings is off by more
-    than the sums that libraries take for a single query."""
-    if q.dtype == tl.float32 and q.shape[1] >= 32:  # a product adds up 16 numbers at least
+    """q @ k^T for (M, D) and (N, D). In float32 D is halved until 16 numbers are left, and the products are added: one chain of
+    D roundings would be off by more than the sums that libraries take for a single query."""
+    if q.dtype == tl.float32 and q.shape[1] >= 32:  # tl.dot takes 16 numbers or more
         q_even, q_odd = tl.split(q.reshape(q.shape[0], q.shape[1] // 2, 2))
         k_even, k_odd = tl.split(k.reshape(k.shape[0], k.shape[1] // 2, 2))
         return dot_in_parts(q_even, k_even) + dot_in_parts(q_odd, k_odd)
@@ -132,7 +136,7 @@ def softmax_start(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
 @triton.jit
 def softmax_step(scores, v, m_i, l_i, acc, qk_scale):
     """One tile of the online softmax (Milakov and Gimelshein 2018), base 2: scores (M, N) are unscaled, qk_scale holds
-    log2(e). The row sum is carried in parts, each of which lies within a thread: only the end adds them up."""
+    log2(e). Only the end adds up the parts of the row sum."""
     m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)
     p = tl.exp2(scores * qk_scale - m_new[:, None])  # one fused multiply-add feeds the exponential
     alpha = tl.exp2(m_i - m_new)
@@ -143,7 +147,8 @@ def softmax_step(scores, v, m_i, l_i, acc, qk_scale):
 @triton.jit
 def page_rows(table_ptr, max_pages, start, end, ROW: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """Where the positions start, start + 1, .. of a sequence lie: (tile, rows), to be added to the address of pages whose
-    slots are ROW elements apart. table_ptr is the sequence's ring of page ids; nothing is looked up from `end` on.
+    slots are ROW = H_kv * D elements apart. table_ptr is the sequence's row of the page table, a ring: the page of index j stands
+    in column j % max_pages. Nothing is looked up from `end` on.
 
     If pages hold whole tiles, start must be a multiple of BLOCK_N; otherwise the ring must hold start up to end.
     """

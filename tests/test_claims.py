@@ -88,7 +88,7 @@ HELD = {512: 1, 1024: 100, 4096: 440}
         (travel_objection, ({1: 4, 2: 9}, 5), "depth 1 sees 4 tokens"),
         (flash_objection, (HELD, 99, 100), ""),
         (flash_objection, (HELD | {4096: 441}, 99, 100), "memory grows by 4.41 from 1024 to 4096 tokens"),
-        (flash_objection, (HELD, 100, 100), "in its time at n 4096 1e-07 GB could move"),
+        (flash_objection, (HELD, 100, 100), "in the time it took at n 4096, 1e-07 GB could have been moved, more than the 1e-07 GB"),
     ],
 )
 def test_a_verdict_follows_from_what_was_measured(objection, measured, reason):

@@ -24,7 +24,7 @@ SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 64, "max_seq_len": 64, "vocab_size
 LOSSES = (4.0, 3.0, 2.5, 2.25)
 
 
-def write_run(folder, losses=LOSSES, seed=1, text="text", eval_tokens=512, speed=1000.0, **attention):
+def write_run(folder, losses=LOSSES, seed=1, text="text", eval_tokens=262_144, speed=1000.0, **attention):
     """A run folder as train.py leaves it: an evaluation every 10 steps of 100 tokens and 2 seconds."""
     model = ModelConfig(**SHAPE, **attention)
     train = TrainConfig(out_dir=str(folder), max_steps=40, seed=seed, eval_tokens=eval_tokens)
@@ -34,7 +34,7 @@ def write_run(folder, losses=LOSSES, seed=1, text="text", eval_tokens=512, speed
         "variant": variant(model),
         "model": dataclasses.asdict(model),
         "train": dataclasses.asdict(train),
-        "data": {"source": text, "splits": {"train": {"shards": [shard]}, "val": {"shards": [shard]}}},
+        "data": {"source": text, "splits": {"train": {"shards": [shard]}, "val": {"tokens": 900, "shards": [shard]}}},
         "params": 1_234_567,
         "flops_per_token": 7e6,
         "kv_bytes_per_token": 1024 * model.n_kv_head,
@@ -119,13 +119,16 @@ def test_table_files_and_plots(tmp_path, run_compare):
     assert mqa["decode_tokens_per_s"] == {"1": 11.0, "8": 40.0, "64": 80.0}
     assert (mqa["n_kv_head"], mqa["kv_bytes_per_token"], mqa["kv_bytes_needed"]) == (1, 1024, 1024)
     assert hybrid["kv_bytes_needed"] == 4096 * (3 * 16 / 64 + 1) / 4
-    assert "| mha | 2 | 0.0141 | 4 | none | 1.2M |" in printed
-    assert "| mqa | 1 |  | 1 | none | 1.2M | 2.4500 ± 0.0300 | 2.4500 | 1,000 | 1.0 GiB | 7 |" in printed
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert "| mha | 2 | 0.0141 | 4 | none | 1.2M |" in table
+    assert "| mqa | 1 |  | 1 | none | 1.2M | 2.4500 ± 0.0300 | 2.4500 | 1,000 | 1.0 GiB | 7 |" in table
     assert (
-        "| swa-w16-LLLG | 1 |  | 4 | 16, LLLG |" in printed
-        and "decode tokens/s, batch 8" in printed  # the largest that all of them could do
-        and "MFU" not in printed
+        "| swa-w16-LLLG | 1 |  | 4 | 16, LLLG |" in table
+        and "decode tokens/s, batch 8" in table  # the largest that all of them could do
+        and "MFU" not in table
     )
+    assert "4.0k tokens of text a run, loss on 900 others;" in table, "eval_tokens are more than there are"
+    assert len({len(line) for line in printed.splitlines() if line.startswith("|")}) == 1, "columns are aligned"
     written = {path.name for path in (tmp_path / "results").iterdir()}
     assert written == {"table.json", "table.md", "curves.png", "curves.svg", "runs"}
 
@@ -144,7 +147,7 @@ def test_a_difference_inside_the_band_is_none(tmp_path, run_compare):
     _, results = run_compare(*paths)
     band = 12.71 * 0.02 / math.sqrt(2) * math.sqrt(1 + 1 / 2)
     noise, mqa, gqa, swa = results["verdicts"]
-    assert noise.startswith("Noise: 2 seeds of mha have a standard deviation of 0.0141") and "for 1 independent" in noise
+    assert "2 seeds of mha differ by a standard deviation of 0.0141" in noise and "1 degree of freedom" in noise
     assert mqa == f"mqa - mha: +0.2900, band ± {band:.4f}: higher."
     assert gqa == f"gqa-1 - mha: +0.1900, band ± {band:.4f}: no difference."
     assert swa.endswith(": lower.")
@@ -213,7 +216,7 @@ def test_one_run_alone_and_a_half_written_last_line(tmp_path, run_compare):
     with open(write_run(tmp_path / "a") / "metrics.jsonl", "a") as file:
         file.write('{"step": 50, "val/lo')
     printed, results = run_compare(tmp_path / "a")
-    assert len(results["rows"]) == 1 and results["verdicts"] == [] and "| mha |" in printed
+    assert len(results["rows"]) == 1 and results["verdicts"] == [] and "| mha " in printed
 
 
 def test_other_settings_that_differ_become_part_of_the_label(tmp_path, run_compare):
@@ -270,7 +273,7 @@ def wrong_cases(folder):
         ),
         "evaluation": (
             [good, write_run(folder / "tokens", eval_tokens=64, attention="mqa")],
-            "eval_tokens is 64, there 512",
+            "eval_tokens is 64, there 262144",
         ),
         "data": (
             [good, write_run(folder / "text", text="other", attention="mqa")],

@@ -864,7 +864,7 @@ def test_the_unused_share_counts_slots_without_a_token(overlap):
     stats = engine.stats
     assert stats.unused_share == (2 + 1 + 0) / (3 * 8) and stats.peak_pages == 2
     assert stats.unused_share_of_reserving == 1 - (6 + 7 + 8) / (3 * 64)
-    assert "prefill 6 tokens" in str(stats) and "at most 2 pages held, 12.5% of them unused" in str(stats)
+    assert "prefill 6 tokens" in str(stats) and "at most 2 pages held; 12.5% of the cache" in str(stats)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -10,7 +10,7 @@ from test_engine import PAGE, POSITIONS, VARIANTS, check_engine, finish_all, mak
 from util import gpu
 
 from engine import Engine, Request
-from runner import Block, Graph, Shape, bucket, layout, page_bytes
+from runner import Graph, Shape, StepInputs, bucket, layout, page_bytes
 from sampling import ALTERNATIVES, Style
 
 
@@ -39,7 +39,7 @@ def test_buckets_are_few_and_seldom_much_too_large():
 def test_the_views_of_a_block_are_aligned_and_do_not_overlap():
     shape = Shape(5, 3, 2, (4, 7), 2, 256, Style())
     buffer = torch.zeros(layout(shape)[1], dtype=torch.int32)
-    block = Block(shape, buffer, torch.float32)
+    block = StepInputs(shape, buffer, torch.float32)
     views = [block.tokens, block.positions, *block.slot_mapping, block.seq_lens, block.cu_seqlens, *block.page_tables]
     views += [block.last_rows, *block.limits]
     for view in views:
