@@ -17,6 +17,7 @@ variants and on a GPU in engine, they come one after the other. The last line pr
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -53,6 +54,7 @@ def main(argv):
     name = words[0]
     if NEEDS_GPU[name] and not torch.cuda.is_available():
         raise UserError(f"bench.py {name} times GPU kernels and finds no NVIDIA GPU; run it on a machine that has one")
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)  # here, so that a wrong one fails before anything is measured
     # imported here, because each needs packages that the others do without
     if name == "attention":
         from benchmarks.attention import bench_attention as measure

@@ -54,11 +54,11 @@ class Stats:
     # A slot takes K and V of a token, for one group of layers. Slots are summed over steps.
     held_slots: int = 0  # of held pages; sequences that share a page hold it once
     unused_slots: int = 0  # those of them that hold no token
-    reserved_tokens: int = 0  # slots, had each running sequence max_seq_len in each group, or its length if that is more
+    reserved_slots: int = 0  # had each running sequence max_seq_len in each group, or its length if that is more
 
     @property
-    def tokens(self):
-        """Held slots with a token in them."""
+    def filled_slots(self):
+        """Held ones with a token in them."""
         return self.held_slots - self.unused_slots
 
     @property
@@ -69,7 +69,7 @@ class Stats:
     @property
     def unused_share_of_reserving(self):
         """The same, had each running sequence reserved memory for max_seq_len tokens."""
-        return 1 - self.tokens / max(1, self.reserved_tokens)
+        return 1 - self.filled_slots / max(1, self.reserved_slots)
 
     def __str__(self):
         rates = (("prefill", self.prefill_tokens, self.prefill_s), ("decode", self.decode_tokens, self.decode_s))
@@ -291,7 +291,7 @@ class Engine:
         slots = page_size * sum([sequence.row.end for sequence in self.running])
         stats.unused_slots += (slots - sum(lengths)) * num_groups
         longer = sum([n - reserved for n in lengths if n > reserved])
-        stats.reserved_tokens += (reserved * len(lengths) + longer) * num_groups
+        stats.reserved_slots += (reserved * len(lengths) + longer) * num_groups
 
     def postprocess(self, pieces, ids=(), *logprobs):
         """Append the drawn tokens in order and let go of the sequences that have ended."""

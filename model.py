@@ -47,8 +47,8 @@ class ModelConfig:
         at_least_one = ("n_layer", "n_head", "n_embd", "max_seq_len")
         for key in at_least_one + ("n_kv_head", "head_dim", "vocab_size", "window", "mlp_hidden"):
             least = int(key in at_least_one)
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} takes {least} or more, got {getattr(self, key)}")
+            if not least <= getattr(self, key) < 2**31:
+                raise ValueError(f"{key} takes {least} or more, below 2^31, got {getattr(self, key)}")
         for key in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key} takes a number above 0, got {getattr(self, key)}")
@@ -252,7 +252,7 @@ class GPT(nn.Module):
         return x
 
     def embed(self, tokens, positions):
-        """Ids to the residual stream, and the rotary angles that all layers share, or None."""
+        """(B, T) ids to (B, T, n_embd) of the residual stream, and the `rope_angles` that all layers share, or None."""
         x, rope = self.tok_emb(tokens), None
         if self.pos_emb is not None:
             x = x + self.pos_emb(positions)
@@ -262,6 +262,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def run_blocks(blocks, x, rope, attend):
+        """(B, T, n_embd) of the residual stream to the same behind these Blocks."""
         for block in blocks:
             x = block(x, rope, attend)
         return x
@@ -271,13 +272,15 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     def losses(self, x, targets):
+        """(B, T, n_embd) of the residual stream and (B, T) ids to (B, T) float32 losses in nats."""
         logits = self.logits(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
     def compile_stages(self, together=2):
         """Compile for training: what lies before the Blocks, `together` Blocks at a time, and what lies behind them. Stages
-        whose windows are the same share a compilation. All Blocks at once would take longer to compile, and one by one
-        each would write the residual stream for the next to read."""
+        with the same windows share a compilation, one for training and one for evaluation. All Blocks at once would take
+        longer to compile, and one by one each would write the residual stream for the next to read."""
+        torch._dynamo.config.recompile_limit = 64  # beyond, it would run uncompiled: patterns of windows may need 10
         self.stages = [tuple(self.blocks[i : i + together]) for i in range(0, len(self.blocks), together)]
         for name in ("embed", "run_blocks", "losses"):
             setattr(self, name, torch.compile(getattr(self, name)))

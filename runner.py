@@ -133,6 +133,7 @@ class Runner:
         self.drawing = Drawing([], vocab_size)  # of the step before
         self.draw = torch.compile(draw) if compile else draw
         if compile:
+            torch._dynamo.config.recompile_limit = 64  # beyond, it would run uncompiled: there are five ways to draw
             model.compile_blocks()
 
     def launch(self, pieces, tables):

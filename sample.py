@@ -80,7 +80,7 @@ class SampleConfig:
 
 def main(argv):
     words, config = parse(argv, SampleConfig, usage=__doc__)
-    if len(words) != 1:
+    if len(words) != 1 or not words[0]:
         got = " ".join(words) or "none"
         raise UserError(f"sample.py takes one run folder, as in sample.py out/quickstart, got {got}")
     prompts = [config.prompt] if not config.prompts_file else read_prompts(config.prompts_file)

@@ -19,6 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -70,8 +71,12 @@ class TrainConfig:
         one_or_more = ("batch_size", "max_steps", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_checkpoints")
         for key, value in dataclasses.asdict(self).items():
             least = int(key in one_or_more)
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise ValueError(f"{key} takes {least} or more, got {value}")
+            most = 2**63 if isinstance(value, int) else math.inf
+            if isinstance(value, (int, float)) and not least <= value < most:
+                raise ValueError(f"{key} takes a number from {least} on, below {most}, got {value}")
+        for key in ("out_dir", "data"):
+            if not getattr(self, key):
+                raise ValueError(f"{key} takes a name, got none")
         for key in ("beta1", "beta2"):
             if getattr(self, key) >= 1:
                 raise ValueError(f"{key} takes a number in [0, 1), got {getattr(self, key)}")
@@ -90,14 +95,20 @@ def main(argv):
     words, model_config, config = parse(argv, ModelConfig, TrainConfig, usage=__doc__)
     if words:
         raise UserError(f"train.py takes *.toml files and --key=value flags, got {words[0]!r}")
-    rank, world, index = (int(os.environ.get(key, start)) for key, start in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    try:
+        rank, world, index = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are numbers that torchrun sets: {error}; unset them") from None
     process = Process(rank, world, pick_device(config.device, index))
     if world == 1:
         return train(model_config, config, process)
     on_cuda = process.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(process.device)
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE={world} without what else torchrun sets: {error}; start with torchrun") from None
     try:
         train(model_config, config, process)
         dist.barrier()  # nobody leaves while another still saves
@@ -111,6 +122,7 @@ def train(model_config, config, process):
     on_cuda = device.type == "cuda"
     micro_batch = micro_batch_size(config, world)
     data = open_data(config, model_config, process)
+    tokenizer = from_spec(data.tokenizer_spec)  # here, because its tables may have to be fetched
     dtype = pick_dtype(config.dtype, device)
     try:
         attend = dense_attention(config.attention_impl, device, dtype, model_config.head_dim)
@@ -175,7 +187,7 @@ def train(model_config, config, process):
             net.eval()
             val_loss, stderr = evaluate(losses, data, config.eval_tokens, micro_batch, process)
             if log:
-                log.evaluation(step, val_loss, stderr, sample_text(model, data, config.seed))
+                log.evaluation(step, val_loss, stderr, sample_text(model, tokenizer, config.seed))
             net.train()
         if log:
             if save_due or stopping:
@@ -335,7 +347,9 @@ def evaluate(losses, data, eval_tokens, micro_batch, process):
     rows = data.num_val_rows(eval_tokens)
     sums = torch.zeros(2, dtype=torch.float64)  # of the sequences' mean losses and of their squares
     for start in range(process.rank * micro_batch, rows, micro_batch * process.world):
-        means = losses(data.val_rows(eval_tokens, slice(start, min(start + micro_batch, rows)))).mean(dim=1)
+        batch = data.val_rows(eval_tokens, slice(start, min(start + micro_batch, rows)))
+        whole = np.resize(batch, (micro_batch, batch.shape[1]))  # the last one repeats rows: another size is compiled anew
+        means = losses(whole).mean(dim=1)[: len(batch)]
         sums += torch.stack([means.sum(), means.square().sum()]).cpu()
     if process.world > 1:
         sums = sums.to(process.device)
@@ -344,17 +358,18 @@ def evaluate(losses, data, eval_tokens, micro_batch, process):
     return mean, math.sqrt(max(0.0, square - mean**2) / max(1, rows - 1))
 
 
-def sample_text(model, data, seed):
+def sample_text(model, tokenizer, seed):
     """What the model writes by itself, from the start of a document: a loss that one can read."""
-    tokenizer = from_spec(data.tokenizer_spec)
     start, stop = (0, ()) if tokenizer.eot is None else (tokenizer.eot, (tokenizer.eot,))  # 0: of characters, the newline
     tokens = min(200, model.config.max_seq_len - 1)
     if tokens == 0:
         return ""
-    with torch.compiler.set_stance("force_eager"):  # what is compiled is so for the shapes of training
-        (ids,) = generate(
-            model, [[start]], tokens, vocab_size=tokenizer.vocab_size, stop_tokens=stop, seed=seed, temperature=0.8
-        )
+    keys = {"vocab_size": tokenizer.vocab_size, "stop_tokens": stop, "seed": seed, "temperature": 0.8}
+    try:
+        with torch.compiler.set_stance("force_eager"):  # what is compiled is so for the shapes of training
+            (ids,) = generate(model, [[start]], tokens, **keys)
+    except (UserError, torch.OutOfMemoryError) as error:  # no reason to end a run
+        return f"(no sample: {str(error).partition(chr(10))[0]})"
     return tokenizer.decode(ids)
 
 

@@ -154,7 +154,7 @@ def serve(engine, requests):
     sequences = [engine.add(request) for request in requests]
     while engine.has_work():
         engine.step()
-        counts.append((stats.tokens, stats.held_slots, stats.reserved_tokens))
+        counts.append((stats.filled_slots, stats.held_slots, stats.reserved_slots))
     seconds = time.perf_counter() - start
     if any(len(sequence.generated) != sequence.request.max_new_tokens for sequence in sequences):
         raise RuntimeError("a sequence ended before its last token")

@@ -73,6 +73,5 @@ def write_results(path, device, dtype, **measured):
     """The results with what they were measured on, as a file and as the last line."""
     facts = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     facts |= {"versions": versions(), "git_commit": git_commit(), **measured}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(facts), flush=True)  # first: the disk may be full
     path.write_text(json.dumps(facts, indent=1))
-    print(json.dumps(facts))

@@ -892,7 +892,7 @@ def test_counted_slots_are_those_of_the_pages(windows, overlap):
         engine.step()
     tokens, held, reserved = map(sum, zip(*counts))
     stats = engine.stats
-    assert (stats.tokens, stats.held_slots, stats.reserved_tokens) == (tokens, held, reserved)
+    assert (stats.filled_slots, stats.held_slots, stats.reserved_slots) == (tokens, held, reserved)
     assert stats.unused_share == pytest.approx(1 - tokens / held)
     assert stats.unused_share_of_reserving == pytest.approx(1 - tokens / reserved)
     assert stats.found_tokens == 2 * 20

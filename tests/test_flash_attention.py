@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 from util import DEVICE, gpu, script
 
 from kernels import reference
-from kernels.flash_attention import _backward, _forward, flash_attention
+from kernels.flash_attention import _backward, _forward, flash_attention, grid_of
 from kernels.launch import kernel_layout
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -84,6 +84,8 @@ SHAPES = [  # B, T_q, T_k, H, H_kv, D, window
     (1, 1, 130, 2, 1, 32, 33),
     (1, 128, 192, 2, 1, 16, 0),
     (1, 70, 70, 1, 1, 136, 64),
+    (1, 64, 100, 2, 1, 64, 0),
+    (3, 20, 20, 8, 4, 16, 0),
 ]
 
 
@@ -92,6 +94,22 @@ SHAPES = [  # B, T_q, T_k, H, H_kv, D, window
 def test_matches_the_definition(shape, dtype):
     *sizes, window = shape
     check(*((*inputs(*sizes, dtype, seed=seed), window) for seed in range(2)))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes the tiles of its own")
+@pytest.mark.parametrize("shape", [(1, 128, 192, 2, 2, 128, 0), (1, 100, 130, 2, 1, 72, 40), (1, 70, 70, 2, 1, 64, 0)], ids=str)
+def test_the_tiles_and_tensor_descriptors_of_hopper(shape, monkeypatch):
+    monkeypatch.setattr("kernels.flash_attention.on_hopper", lambda x: True)
+    *sizes, window = shape
+    check((*inputs(*sizes, torch.float16), window))
+
+
+def test_a_grid_has_a_program_for_each_tile_of_each_head():
+    for heads in (*range(1, 100), 65536, 3 * 65536):
+        for together in (1, 5, 16, 200):
+            side_by_side, tiles, rest = grid_of(7, heads, together)
+            assert side_by_side * rest == heads and tiles == 7 and rest <= 65535
+            assert side_by_side <= together or heads > 65535
 
 
 @pytest.mark.parametrize("T", [1, 70])

@@ -52,6 +52,14 @@ def test_gradients_as_good_as_nn_linear(bias, calls):
         assert torch.linalg.norm(a - c) <= 2 * torch.linalg.norm(b - c)
 
 
+def test_a_single_vector_and_no_second_derivative(calls):
+    layer, x = linear.Linear(768, 1000), torch.randn(768, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    assert calls and torch.allclose(grad, layer.weight.sum(dim=0), atol=1e-4)
+    with pytest.raises(RuntimeError):  # rather than a wrong one
+        grad.sum().backward()
+
+
 def test_small_products_half_precision_and_autocast_go_through_torch(calls):
     with torch.no_grad():
         linear.Linear(8, 8)(torch.randn(4, 8))
@@ -74,3 +82,5 @@ def test_compiled_in_one_graph_where_a_single_row_has_its_bias_added_behind(rows
     out = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)(x)
     assert torch.allclose(out, nn.functional.linear(x, layer.weight, layer.bias), atol=1e-4)
     assert not calls and len(graphs) == 1 and ("operator.add" in graphs[0]) == (rows == 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.compile(layer, backend=backend, fullgraph=True)(x).dtype == torch.bfloat16

@@ -270,6 +270,11 @@ def test_kernels_that_cannot_run_are_refused_or_not_chosen(device, head_dim):
     dense_attention("auto", torch.device(device), torch.bfloat16, head_dim)
 
 
+def test_losses_are_float32_whatever_the_weights_are():
+    model = make().bfloat16()
+    assert model(tokens(1, 8), tokens(1, 8), attend).dtype == torch.float32
+
+
 @pytest.mark.parametrize("keys", [{}, {"attention": "swa", "window": 5, "window_pattern": "LLLG", **MODERN}])
 def test_compiled_stages_give_the_same_gradients_and_share_a_compilation(keys, monkeypatch):
     compilations = []
@@ -285,5 +290,8 @@ def test_compiled_stages_give_the_same_gradients_and_share_a_compilation(keys, m
     for model in (eager, compiled):
         model(x, y, attend).mean().backward()
     assert len(compilations) == 3  # before, within and behind the Blocks
+    with torch.no_grad():
+        assert torch.allclose(compiled.eval()(x, y, attend), eager.eval()(x, y, attend))
+    assert len(compilations) == 6
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from util import environment, gpu, metrics, repository, script
 
+import train
 from config import UserError
 from data.loader import TokenData
 from model import GPT, ModelConfig, dense_attention
@@ -86,6 +88,45 @@ def test_two_processes_equal_one_with_twice_the_micro_batches(corpus, tmp_path):
         assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
 
 
+def test_training_and_evaluation_are_compiled_and_samples_are_not(corpus, tmp_path, monkeypatch):
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    monkeypatch.setattr(train, "catch_signals", list)
+    more = ["--max_steps=4", "--eval_interval=2", "--compile=on", "--n_layer=5", "--attention=swa", "--window_pattern=LLG"]
+    train.main(command(corpus, tmp_path / "run", *more, "--eval_tokens=320")[1:])
+    assert len(compilations) == 2 * (1 + 3 + 1)  # LL, GL and L; embedding and losses; for training and for evaluation
+    assert (tmp_path / "run" / "samples.txt").read_text().count("--- step") == 2
+
+
+def test_evaluations_are_not_in_the_speed(corpus, tmp_path, monkeypatch):
+    def slow(*args):
+        time.sleep(1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    monkeypatch.setattr(train, "catch_signals", list)
+    train.main(command(corpus, tmp_path, "--max_steps=4", "--eval_interval=1")[1:])
+    speeds = metrics(tmp_path, "tokens_per_s")
+    assert min(list(speeds.values())[1:]) > 2 * 8 * 32  # a step is 8 * 32 tokens
+
+
+@pytest.mark.parametrize("error", [UserError("no memory"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_sample_that_fails_does_not_end_the_run(corpus, tmp_path, monkeypatch, error):
+    def generate(*args, **keys):
+        raise error
+
+    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(train, "catch_signals", list)
+    train.main(command(corpus, tmp_path, "--max_steps=2", "--eval_interval=1")[1:])
+    assert (tmp_path / "samples.txt").read_text().count(f"(no sample: {error})") == 2
+    assert weights(tmp_path, 2)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_cleanly(corpus, tmp_path, number):
     argv = [sys.executable, *command(corpus, tmp_path / "run", "--max_steps=100000")]
@@ -137,14 +178,18 @@ def test_evaluation_is_one_mean_whatever_the_batch(corpus):
     attend = dense_attention("reference", torch.device("cpu"), torch.float64, 16)
 
     def losses(rows):
+        sizes.append(len(rows))
         rows = torch.from_numpy(rows)
         return model(rows[:, :-1], rows[:, 1:], attend).double()
 
+    sizes = []
     with torch.no_grad():
         means = losses(data.val_rows(32 * 7)).mean(dim=1)
     expected = means.mean().item(), (means.std() / math.sqrt(7)).item()
-    for micro_batch in (1, 3, 7):
+    for micro_batch in (1, 3, 7, 10):
+        sizes.clear()
         assert evaluate(losses, data, 32 * 7, micro_batch, alone) == pytest.approx(expected, rel=1e-9)
+        assert set(sizes) == {micro_batch}, "another size would be compiled anew"
 
 
 def test_dropout_is_off_in_evaluation(corpus, tmp_path):
