@@ -123,6 +123,7 @@ def train(model_config, config, process):
     micro_batch = micro_batch_size(config, world)
     data = open_data(config, model_config, process)
     tokenizer = from_spec(data.tokenizer_spec)  # here, because its tables may have to be fetched
+    prompt = data.val_rows(1)[0, : min(16, 1 + model_config.max_seq_len // 2)].tolist()  # what samples continue
     dtype = pick_dtype(config.dtype, device)
     try:
         attend = dense_attention(config.attention_impl, device, dtype, model_config.head_dim)
@@ -187,7 +188,7 @@ def train(model_config, config, process):
             net.eval()
             val_loss, stderr = evaluate(losses, data, config.eval_tokens, micro_batch, process)
             if log:
-                log.evaluation(step, val_loss, stderr, sample_text(model, tokenizer, config.seed))
+                log.evaluation(step, val_loss, stderr, sample_text(model, tokenizer, prompt, config.seed))
             net.train()
         if log:
             if save_due or stopping:
@@ -358,19 +359,19 @@ def evaluate(losses, data, eval_tokens, micro_batch, process):
     return mean, math.sqrt(max(0.0, square - mean**2) / max(1, rows - 1))
 
 
-def sample_text(model, tokenizer, seed):
-    """What the model writes by itself, from the start of a document: a loss that one can read."""
-    start, stop = (0, ()) if tokenizer.eot is None else (tokenizer.eot, (tokenizer.eot,))  # 0: of characters, the newline
-    tokens = min(200, model.config.max_seq_len - 1)
+def sample_text(model, tokenizer, prompt, seed):
+    """The prompt, token ids, and what the model writes behind it: a loss that one can read."""
+    tokens = min(200, model.config.max_seq_len - len(prompt))
     if tokens == 0:
-        return ""
+        return tokenizer.decode(prompt)
+    stop = () if tokenizer.eot is None else (tokenizer.eot,)
     keys = {"vocab_size": tokenizer.vocab_size, "stop_tokens": stop, "seed": seed, "temperature": 0.8}
     try:
         with torch.compiler.set_stance("force_eager"):  # what is compiled is so for the shapes of training
-            (ids,) = generate(model, [[start]], tokens, **keys)
+            (ids,) = generate(model, [prompt], tokens, **keys)
     except (UserError, torch.OutOfMemoryError) as error:  # no reason to end a run
         return f"(no sample: {str(error).partition(chr(10))[0]})"
-    return tokenizer.decode(ids)
+    return tokenizer.decode(prompt + ids)
 
 
 def catch_signals():
