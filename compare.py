@@ -143,7 +143,7 @@ def read_decode(path, required):
     """What bench.py variants wrote, or None."""
     if not Path(path).is_file():
         if required:
-            raise UserError(f"no file {path}; python bench.py variants writes results/variants.json, on a CPU results/variants-cpu.json")
+            raise UserError(f"no file {path}; bench.py variants writes results/variants.json, on a CPU results/variants-cpu.json")
         return None
     found = read_json(Path(path))
     if lacking(found, DECODE) or not all(is_decode_row(row) for row in found["rows"]):

@@ -245,7 +245,8 @@ class Engine:
             index += 1
         while self.waiting and budget:
             sequence = self.waiting[0]
-            if sequence.pending or not self.tables.admit(sequence):  # preempted with a token drawn whose id is not read yet
+            # pending: preempted with a token drawn whose id is not read yet
+            if sequence.pending or not self.tables.admit(sequence):
                 break  # nobody overtakes: those behind need not starve the first
             self.running.append(self.waiting.popleft())
             self.stats.found_tokens += sequence.num_computed

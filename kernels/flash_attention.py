@@ -257,8 +257,8 @@ class Tiles(NamedTuple):
 
 
 # (forward, dq, dkdv) by the padded head size and by whether there is a window; without an entry (size, True) that without a
-# window is taken. A window makes loops short, which favours small tiles. Chosen on an H100 80GB HBM3 in bf16 by `python bench.py attention`, and by the
-# kernels' times one by one (NOTES.md); 256 is not tuned.
+# window is taken. A window makes loops short, which favours small tiles. Chosen on an H100 80GB HBM3 in bf16 by
+# `python bench.py attention`, and by the kernels' times one by one (NOTES.md); 256 is not tuned.
 HOPPER = {
     (64, False): (Tiles(64, 64, 4, 3, maxnreg=128), Tiles(64, 64, 4, 2, maxnreg=128), Tiles(64, 64, 4, 3, maxnreg=232)),
     (128, False): (Tiles(64, 64, 4, 3, maxnreg=168), Tiles(128, 64, 8, 3, maxnreg=200), Tiles(64, 64, 4, 2, tma=True)),

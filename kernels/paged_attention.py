@@ -2,10 +2,11 @@
 
     s = scale * q k^T    m = max_n log2(e) * s_n    l = sum_n exp2(log2(e) * s_n - m)    o = sum_n exp2(log2(e) * s_n - m) v_n / l
 
-Pages are (num_pages, page_size, H_kv, D); a slot, page * page_size + offset, is the place of one token. Position p of a sequence lies in the page table's column p // page_size modulo
-its width: the row of a sequence is a ring, so a windowed sequence can go on without end. Query tokens are packed, (N, H, D);
-those of a sequence are its last positions, and see the keys with 0 <= q_pos - k_pos < window, window = 0 meaning no limit.
-Query head h reads KV head h // GROUP. Pages that no query of a tile sees are not read.
+Pages are (num_pages, page_size, H_kv, D); a slot, page * page_size + offset, is the place of one token. Position p of a
+sequence lies in the page table's column p // page_size modulo its width: the row of a sequence is a ring, so a windowed
+sequence can go on without end. Query tokens are packed, (N, H, D); those of a sequence are its last positions, and see the
+keys with 0 <= q_pos - k_pos < window, window = 0 meaning no limit. Query head h reads KV head h // GROUP. Pages that no query
+of a tile sees are not read.
 
 Decoding splits the keys of a sequence over programs:
 
