@@ -224,7 +224,6 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
-        self.stages = [tuple(self.blocks)]  # the Blocks, in groups that are compiled together: see `compile_stages`
         self.norm = make_norm(config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -247,8 +246,8 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x, rope = self.embed(tokens, positions)
-        for blocks in self.stages:
-            x = self.run_blocks(blocks, x, rope, attend)
+        for block in self.blocks:
+            x = block(x, rope, attend)
         return x
 
     def embed(self, tokens, positions):
@@ -260,13 +259,6 @@ class GPT(nn.Module):
             rope = rope_angles(positions, self.config)
         return self.dropout(x), rope
 
-    @staticmethod
-    def run_blocks(blocks, x, rope, attend):
-        """(B, T, n_embd) of the residual stream to the same behind these Blocks."""
-        for block in blocks:
-            x = block(x, rope, attend)
-        return x
-
     def logits(self, x):
         """(..., n_embd) of the residual stream to (..., vocab_size) unnormalised log-probabilities."""
         return self.head(self.norm(x))
@@ -276,16 +268,15 @@ class GPT(nn.Module):
         logits = self.logits(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
-    def compile_stages(self, together=2):
-        """Compile for training: what lies before the Blocks, `together` Blocks at a time, and what lies behind them. Stages
-        with the same windows share a compilation, one for training and one for evaluation. All Blocks at once would take
-        longer to compile, and one by one each would write the residual stream for the next to read."""
-        torch._dynamo.config.recompile_limit = 64  # beyond, it would run uncompiled: patterns of windows may need 10
-        self.stages = [tuple(self.blocks[i : i + together]) for i in range(0, len(self.blocks), together)]
-        for name in ("embed", "run_blocks", "losses"):
-            setattr(self, name, torch.compile(getattr(self, name)))
+    def compile_for_training(self):
+        """Compile what lies before the Blocks, each Block, and what lies behind them. Blocks of the same window share a
+        compilation, one for training and one for evaluation; the model as a whole takes longer to compile, and its step is
+        no faster."""
+        for block in self.blocks:
+            block.compile()
+        self.embed, self.losses = torch.compile(self.embed), torch.compile(self.losses)
 
-    def compile_blocks(self):
+    def compile_for_decoding(self):
         """Fuse what lies before and after attention, for decoding. Neither half knows its layer or its window, so one
         compilation of each serves all Blocks. Tuning makes Inductor write kernels for products of a single row, which
         are bound by bandwidth, where a library has none that is tuned for it."""

@@ -134,7 +134,7 @@ class Runner:
         self.draw = torch.compile(draw) if compile else draw
         if compile:
             torch._dynamo.config.recompile_limit = 64  # beyond, it would run uncompiled: there are five ways to draw
-            model.compile_blocks()
+            model.compile_for_decoding()
 
     def launch(self, pieces, tables):
         """Set a step going, with the page tables as they are now. Returns what it will have drawn, a row for each piece

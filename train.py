@@ -138,7 +138,7 @@ def train(model_config, config, process):
     optimizer = make_optimizer(model, config)
     state = resume(model, optimizer, config, data)
     if config.compile == "on" or (config.compile == "auto" and on_cuda):
-        model.compile_stages()
+        model.compile_for_training()
     net = DistributedDataParallel(model, device_ids=[device.index] if on_cuda else None) if world > 1 else model
 
     def losses(rows):

@@ -55,12 +55,16 @@ def cache_objection(ratios, expected):
 
 
 def engine_bytes(model, num_pages, device):
-    """Memory that an engine adds to its model's: by the allocator, or without a GPU's that of its pages."""
+    """Memory that an engine asks the GPU's allocator for (what it gets may be larger), or without one that of its pages."""
+
+    def requested():
+        return torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+
     gc.collect()
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    before = requested() if device.type == "cuda" else 0
     engine = Engine(model, num_pages, page_size=PAGE_SIZE)
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) - before
+        return requested() - before
     return sum(pages.untyped_storage().nbytes() for pages in engine.runner.k + engine.runner.v)
 
 
@@ -159,9 +163,8 @@ def contiguous_caches_waste(sizes, device, dtype, rounds):
 
 def waste_objection(waste, sequences, speeds):
     """waste: {name: (contiguous, pages)}; the others: (contiguous, pages)"""
-    mixed, reasons = [waste["chat"][0], waste["uniform"][0]], []
-    if not all(0.6 <= share <= 0.8 for share in mixed):
-        reasons.append(f"of lengths drawn so, contiguous caches waste {mixed[0]:.1%} and {mixed[1]:.1%}")
+    mixed = [name for name in ("chat", "uniform") if not 0.6 <= waste[name][0] <= 0.8]
+    reasons = [f"contiguous caches waste {waste[name][0]:.1%} on {name} lengths" for name in mixed]
     worst = max(waste, key=lambda name: waste[name][1])
     if waste[worst][1] >= 0.04:
         reasons.append(f"pages waste {waste[worst][1]:.1%} on {worst}")

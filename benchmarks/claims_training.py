@@ -127,7 +127,7 @@ def gqa_trains_as_fast(sizes, device, dtype, rounds):
         model.init_weights(1)
         model.to(device)
         if device.type == "cuda":
-            model.compile_stages()
+            model.compile_for_training()
         calls[attention] = partial(forward_backward, model, tokens, by_impl(attention_of(device)), dtype)
     times = milliseconds_as_called(calls, rounds, device)
     calls.clear()

@@ -51,7 +51,7 @@ def make_step(shape, peer, tokens):
     model = GPT(shape)
     model.init_weights(1)
     model.to(tokens.device)
-    model.compile_stages()
+    model.compile_for_training()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, betas=(0.9, 0.95), fused=True)
     attend = dense_attention("triton", tokens.device, torch.bfloat16, shape.head_dim) if peer == "ours" else sdpa_attend(BACKENDS[peer])
 

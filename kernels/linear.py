@@ -20,7 +20,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if torch.compiler.is_compiling():  # the compiler chooses for itself, and cannot trace the questions below
             if self.bias is not None and x.numel() == self.in_features:
-                # for a single row Inductor writes a kernel of its own, but not for one with a bias (see compile_blocks)
+                # for a single row Inductor writes a kernel of its own, but not for one with a bias (see compile_for_decoding)
                 product = F.linear(x, self.weight)
                 return product + self.bias.to(product.dtype)  # autocast makes the product bfloat16
         elif (

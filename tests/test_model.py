@@ -275,8 +275,8 @@ def test_losses_are_float32_whatever_the_weights_are():
     assert model(tokens(1, 8), tokens(1, 8), attend).dtype == torch.float32
 
 
-@pytest.mark.parametrize("keys", [{}, {"attention": "swa", "window": 5, "window_pattern": "LLLG", **MODERN}])
-def test_compiled_stages_give_the_same_gradients_and_share_a_compilation(keys, monkeypatch):
+@pytest.mark.parametrize("keys, windows", [({}, 1), ({"attention": "swa", "window": 5, "window_pattern": "LLLG", **MODERN}, 2)])
+def test_compiled_blocks_give_the_same_gradients_and_share_a_compilation(keys, windows, monkeypatch):
     compilations = []
 
     def backend(graph, inputs):
@@ -285,13 +285,13 @@ def test_compiled_stages_give_the_same_gradients_and_share_a_compilation(keys, m
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
     eager, compiled = make(n_layer=8, **keys), make(n_layer=8, **keys)
-    compiled.compile_stages(together=4)
+    compiled.compile_for_training()
     x, y = tokens(2, 32), tokens(2, 32, seed=1)
     for model in (eager, compiled):
         model(x, y, attend).mean().backward()
-    assert len(compilations) == 3  # before, within and behind the Blocks
+    assert len(compilations) == 2 + windows  # before and behind the Blocks, and one of these for each window
     with torch.no_grad():
         assert torch.allclose(compiled.eval()(x, y, attend), eager.eval()(x, y, attend))
-    assert len(compilations) == 6
+    assert len(compilations) == 2 * (2 + windows)
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()

@@ -99,7 +99,7 @@ def test_training_and_evaluation_are_compiled_and_samples_are_not(corpus, tmp_pa
     monkeypatch.setattr(train, "catch_signals", list)
     more = ["--max_steps=4", "--eval_interval=2", "--compile=on", "--n_layer=5", "--attention=swa", "--window_pattern=LLG"]
     train.main(command(corpus, tmp_path / "run", *more, "--eval_tokens=320")[1:])
-    assert len(compilations) == 2 * (1 + 3 + 1)  # LL, GL and L; embedding and losses; for training and for evaluation
+    assert len(compilations) == 2 * (1 + 2 + 1)  # Blocks of two windows; embedding and losses; for training and for evaluation
     assert (tmp_path / "run" / "samples.txt").read_text().count("--- step") == 2
 
 
