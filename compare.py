@@ -8,7 +8,7 @@ Takes run folders (config.json and metrics.jsonl) and wandb's offline folders. P
 into --out: table.json, table.md, curves.png, curves.svg, and in runs/ what was read of each run, so that the same
 table can be made again without the run folders.
 
-Runs of one variant with different seeds become one row with a mean, and a band in the plot. A difference between two
+Runs of one variant with different seeds become one column with means, and a band in the plot. A difference between two
 variants counts only outside its 95% band, by Student's t from the spread of the seeds (`seed_noise`), pooled over all
 variants that have several. Without a second seed of any variant nothing is known about noise, and no difference counts.
 
@@ -267,12 +267,11 @@ def section(results, pad=False):
 
 
 def table(results, pad):
-    """The rows as lines of markdown."""
+    """Lines of markdown. Each variant is a column: as a line it would not fit into a terminal."""
     rows = results["rows"]
     decoding = [row["decode_tokens_per_s"] for row in rows if row["decode_tokens_per_s"]]
     batch = max(set.intersection(*map(set, decoding)) if decoding else (), key=int, default="")
-    columns = {
-        "variant": [row["variant"] for row in rows],
+    figures = {
         "seeds": [str(row["seeds"]) for row in rows],
         "seed deviation": cells(rows, "seed_deviation", "{:.4f}"),
         "KV heads": [str(row["n_kv_head"]) for row in rows],
@@ -292,7 +291,9 @@ def table(results, pad):
             f"{row['decode_tokens_per_s'][batch]:,.0f}" if batch in row["decode_tokens_per_s"] else "" for row in rows
         ],
     }
-    return markdown.table(columns, pad)
+    shown = {name: texts for name, texts in figures.items() if any(texts)}
+    columns = {row["variant"]: list(texts) for row, texts in zip(rows, zip(*shown.values()), strict=True)}
+    return markdown.table({"variant": list(shown)} | columns, pad)
 
 
 def cells(rows, key, form):
