@@ -252,8 +252,8 @@ def flash_never_holds_n_by_n(sizes, device, dtype, rounds):
         "formula": "must move q, k, v, o: 4 n d values; computes with n (n + 1) / 2 scores a head and their exponentials, "
         "which the plain formula writes and reads",
         "measured": f"n {n}, {H} heads: at most {moved / 1e9:.3g} GB moved for {scores / 1e9:.3g} GB of scores and "
-        f"exponentials, so at least {4 * D * pairs / moved:.3g} operations a byte; {held[n] / 2**20:.3g} MiB held, where one n x n of each head "
-        f"is {H * n * n * dtype.itemsize / 2**20:.3g} MiB",
+        f"exponentials, so at least {4 * D * pairs / moved:.3g} operations a byte; {held[n] / 2**20:.3g} MiB held, where one "
+        f"n x n of each head is {H * n * n * dtype.itemsize / 2**20:,.5g} MiB",
         "because": flash_objection(held, moved, scores),
         "data": {
             "held_bytes": held,

@@ -98,11 +98,16 @@ def variants(facts):
     return columns
 
 
+def claims(facts):
+    return {name: [row[name] for row in facts["rows"]] for name in ("claim", "measured", "verdict")}
+
+
 MAKERS = {
     "attention": ("attention", "Attention in training, ms forward / backward", attention),
     "train": ("train", "A training step of GPT-2 124M, tokens/s by who computes attention", train),
     "decode": ("decode", "Decoding over pages, one token a sequence", decode),
     "engine-cuda": ("engine", "Whole runs of the engine", engine),
     "variants": ("variants", "What the attention type buys in decoding", variants),
+    "claims": ("claims", "What introductions say of these methods", claims),
     "engine-cpu": ("engine", "GPT-2 124M decoding on a CPU, tokens/s", beside_transformers),
 }
