@@ -1,8 +1,9 @@
 """One decoder, from GPT-2 to today's parts, whose attention type is a config switch.
 
 Read from the top, the parts before the whole: `ModelConfig` turns the switch into two numbers (`n_kv_head`, `window`),
-`Attention` and `MLP` make a `Block`, `GPT` stacks them. A layer does not know how attention is computed: it calls `attend(layer, q, k, v, window)`.
-Training passes the dense kernel (`dense_attention`), decoding passes the paged cache of the engine.
+`Attention` and `MLP` make a `Block`, `GPT` stacks them. A layer does not know how attention is computed: it calls
+`attend(layer, q, k, v, window)`. Training passes the dense kernel (`dense_attention`), decoding passes the paged cache of
+the engine.
 """
 
 import math
