@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.choice import triton_takes
+from kernels.choice import TAKEN_HEAD_DIMS, triton_takes
 from kernels.linear import Linear
 
 
@@ -112,8 +112,8 @@ def dense_attention(impl, device, dtype, head_dim):
     if impl == "triton":
         if not able:
             raise ValueError(
-                "attention_impl=triton takes an NVIDIA GPU, the package triton and a head_dim from 16 to 256 that is a "
-                f"multiple of 8; got {device.type} and head_dim={head_dim}; take attention_impl=auto"
+                f"attention_impl=triton takes an NVIDIA GPU, the package triton and a head_dim {TAKEN_HEAD_DIMS}; "
+                f"got {device.type} and head_dim={head_dim}; take attention_impl=auto"
             )
         from kernels.flash_attention import flash_attention as attention
     elif impl == "sdpa":

@@ -11,28 +11,27 @@ No atomics, so two runs give the same bits. Memory beyond inputs and outputs: B 
 the backward pass.
 
 Limits: no dropout, bias or padding mask; D a multiple of 8 from 16 to 256, computed at the next power of two; float32
-runs in IEEE arithmetic without tensor cores, so it is for checking, not for speed; no second derivatives.
+runs in IEEE arithmetic without tensor cores, so it is for checking, not for speed; no second derivatives,
+no forward mode, no torch.func.
 
 For those new to Triton: a kernel runs once for each cell of a grid, as a "program", on whole tiles, which are small matrices
 in registers. tl.program_id says which cell. tl.constexpr arguments are compiled in, one kernel for each value. tl.load and
 tl.store take tiles of addresses, and their mask switches elements off; tl.dot is a matrix product.
 """
 
-import math
-from functools import cache
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, kernel_layout, next_power_of_2, on_hopper, require, require_computable, strides
+from kernels.flash_tiles import HEADS_TOGETHER, choose_tiles, grid_of, heads_in_cache
+from kernels.launch import cdiv, kernel_layout, next_power_of_2, require, require_computable, require_numbers, strides
 from kernels.primitives import (
     LOG2_E,
     add_dot,
     cut_by_mask,
     dot,
+    first_tile,
     load_tile,
     of_batch,
     softmax_start,
@@ -68,9 +67,9 @@ def _forward_kernel(
     LOAD: tl.constexpr,  # of `load_tile`
 ):
     """One program makes BLOCK_M rows of one head's output."""
-    tile, head = tile_of_program()
+    tile, batch_head = tile_of_program()
     start_m = (tl.num_programs(1) - 1 - tile) * BLOCK_M  # the rows that see most keys start first
-    batch, head, kv_head = tl.cast(head // H, tl.int64), head % H, head % H // GROUP
+    batch, head, kv_head = tl.cast(batch_head // H, tl.int64), batch_head % H, batch_head % H // GROUP
     k_rows = of_batch(k_ptr, batch, k_strides)
     v_rows = of_batch(v_ptr, batch, v_strides)
 
@@ -80,11 +79,7 @@ def _forward_kernel(
     q_first = start_m + (T_k - T_q)
     q_last = tl.minimum(q_first + BLOCK_M, T_k) - 1
     m_i, l_i, acc = softmax_start(BLOCK_M, HEAD_DIM)
-
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(q_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    for start_n in range(first, q_last + 1, BLOCK_N):
+    for start_n in range(first_tile(q_first, WINDOW, BLOCK_N), q_last + 1, BLOCK_N):
         k = load_tile(k_rows, kv_head, start_n, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
         v = load_tile(v_rows, kv_head, start_n, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
         scores = dot(q, tl.trans(k))
@@ -129,9 +124,9 @@ def _dq_kernel(
     LOAD: tl.constexpr,
 ):
     """One program makes BLOCK_M rows of one head's dq, and their delta for the kernel that comes next."""
-    tile, head = tile_of_program()
+    tile, batch_head = tile_of_program()
     start_m = (tl.num_programs(1) - 1 - tile) * BLOCK_M
-    batch, head, kv_head = tl.cast(head // H, tl.int64), head % H, head % H // GROUP
+    batch, head, kv_head = tl.cast(batch_head // H, tl.int64), batch_head % H, batch_head % H // GROUP
     k_rows = of_batch(k_ptr, batch, k_strides)
     v_rows = of_batch(v_ptr, batch, v_strides)
 
@@ -147,17 +142,13 @@ def _dq_kernel(
     q_pos = offs_m + (T_k - T_q)
     q_first = start_m + (T_k - T_q)
     q_last = tl.minimum(q_first + BLOCK_M, T_k) - 1
-    dq = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)  # rows past T_q get something, and are not stored
-
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(q_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    for start_n in range(first, q_last + 1, BLOCK_N):
+    dq = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)
+    for start_n in range(first_tile(q_first, WINDOW, BLOCK_N), q_last + 1, BLOCK_N):
         k = load_tile(k_rows, kv_head, start_n, T_k, k_strides, BLOCK_N, HEAD_DIM, LOAD)
         v = load_tile(v_rows, kv_head, start_n, T_k, v_strides, BLOCK_N, HEAD_DIM, LOAD)
         scores = dot(q, tl.trans(k))
         dp = dot(do, tl.trans(v))
-        p = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
+        p = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])  # anything in rows past T_q, which are not stored
         if cut_by_mask(q_first, q_last, start_n, start_n + BLOCK_N - 1, WINDOW):
             k_pos = start_n + tl.arange(0, BLOCK_N)
             p = tl.where(visible(q_pos[:, None], k_pos[None, :], WINDOW), p, 0.0)
@@ -195,10 +186,10 @@ def _dkdv_kernel(
     """One program makes BLOCK_N rows of one KV head's dk and dv. Scores are transposed, keys by queries, so that p^T
     and ds^T go from the registers of one product straight into the next."""
     ONCE: tl.constexpr = "whole" if LOAD == "whole" else "masked"  # no descriptor for a single tile
-    tile, kv_head = tile_of_program()
+    tile, batch_head = tile_of_program()
     start_n = tile * BLOCK_N  # the first keys are seen by most queries
     H_kv = H // GROUP
-    batch, kv_head = tl.cast(kv_head // H_kv, tl.int64), kv_head % H_kv
+    batch, kv_head = tl.cast(batch_head // H_kv, tl.int64), batch_head % H_kv
     q_tiles = tile_source(of_batch(q_ptr, batch, q_strides), H, T_q, q_strides, BLOCK_M, HEAD_DIM, LOAD)
     do_tiles = tile_source(of_batch(do_ptr, batch, do_strides), H, T_q, do_strides, BLOCK_M, HEAD_DIM, LOAD)
 
@@ -245,61 +236,6 @@ def _dkdv_kernel(
     store_tile(of_batch(dv_ptr, batch, dk_strides), dv, kv_head, start_n, T_k, dk_strides, BLOCK_N, HEAD_DIM)
 
 
-class Tiles(NamedTuple):
-    """How a kernel cuts its work into programs."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False  # dkdv alone: its loop loads through tensor descriptors
-    maxnreg: int | None = None  # most registers per thread; fewer let more programs share a multiprocessor
-
-
-# (forward, dq, dkdv) by the padded head size and by whether there is a window; without an entry (size, True) that without a
-# window is taken. A window makes loops short, which favours small tiles. Chosen on an H100 80GB HBM3 in bf16 by
-# `python bench.py attention`, and by the kernels' times one by one (NOTES.md); 256 is not tuned.
-HOPPER = {
-    (64, False): (Tiles(64, 64, 4, 3, maxnreg=128), Tiles(64, 64, 4, 2, maxnreg=128), Tiles(64, 64, 4, 3, maxnreg=232)),
-    (128, False): (Tiles(64, 64, 4, 3, maxnreg=168), Tiles(128, 64, 8, 3, maxnreg=200), Tiles(64, 64, 4, 2, tma=True)),
-    (128, True): (Tiles(64, 64, 4, 3, maxnreg=168), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2, tma=True)),
-    (256, False): (Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 2)),
-}
-# The same by the padded head size alone: what fits into the 99 KB of shared memory of every GPU since Ampere. Not tuned.
-AMPERE = {
-    64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
-    128: (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)),
-    256: (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-}
-FLOAT32 = {64: (Tiles(32, 32, 4, 1),) * 3, 128: (Tiles(32, 32, 4, 1),) * 3, 256: (Tiles(16, 16, 4, 1),) * 3}
-HEADS_TOGETHER = 16  # in the backward pass: their programs alternate, so that the long ones of all start before the short ones
-L2_SHARE = 16 << 20  # bytes that heads walked together may read over and over: a third of an H100's L2 cache
-
-
-def choose_tiles(q, window):
-    """(forward, dq, dkdv) for these queries and the GPU that they are on."""
-    padded = max(64, next_power_of_2(q.shape[3]))
-    if q.dtype == torch.float32:
-        return FLOAT32[padded]
-    return HOPPER.get((padded, window > 0), HOPPER[padded, False]) if on_hopper(q) else AMPERE[padded]
-
-
-def heads_in_cache(x, heads):
-    """How many query heads to walk side by side: as many as have their keys and values, x and another tensor of its shape, in
-    the L2 cache's share. heads: KV heads to a query head, below 1 in groups."""
-    return max(1, int(L2_SHARE / (2 * x.shape[1] * x.shape[3] * x.element_size() * heads)))
-
-
-@cache
-def grid_of(num_tiles, heads, together):
-    """A program for each tile of each head, in the order of `tile_of_program`: `together` heads side by side, or the next
-    number below that divides them. Divided here once, and not in every program."""
-    most = 65535  # programs along the third axis
-    divisors = [n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= most]
-    together = max((n for n in divisors if n <= together), default=divisors[0])
-    return together, num_tiles, heads // together
-
-
 def launch(kernel, tiles, grid, inputs, **arguments):
     """Run a kernel: its own arguments, and those that all three share."""
     q, k, v, window, scale = inputs
@@ -342,7 +278,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tupl
     o = q.new_empty(B, T_q, H, D)
     lse = q.new_empty(B, H, T_q, dtype=torch.float32)
     tiles = choose_tiles(q, window)[0]
-    together = 1 if window else heads_in_cache(k, k.shape[2] / H)
+    together = 1 if window else heads_in_cache(k, H // k.shape[2])
     launch(
         _forward_kernel,
         tiles,
@@ -420,7 +356,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, do, _):
-    q, k, v, o, lse = ctx.saved_tensors  # read once: activation checkpointing computes them again for each access
+    q, k, v, o, lse = ctx.saved_tensors  # read once: under activation checkpointing a second access is an error
     return *split_heads(_backward(do, q, k, v, o, lse, ctx.window, ctx.scale), q, k), None, None
 
 
@@ -430,7 +366,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def flash_attention(q, k, v, window=0, scale=None):
     """Causal attention, differentiable, in O(T) memory and, with a window, O(T * window) time.
 
-    q:      (B, T_q, H, D), bfloat16, float16 or float32, on an NVIDIA GPU (or the CPU under TRITON_INTERPRET=1)
+    q:      (B, T_q, H, D), bfloat16, float16 or float32, on the current NVIDIA GPU (or the CPU under TRITON_INTERPRET=1)
     k, v:   (B, T_k, H_kv, D), T_k >= T_q: the queries are the last T_q positions; H a multiple of H_kv
     window: visible keys a query, itself included; 0 means all
     scale:  of the scores, above 0; 1 / sqrt(D) when None
@@ -438,8 +374,8 @@ def flash_attention(q, k, v, window=0, scale=None):
     Returns (B, T_q, H, D) in q's dtype. Views of a fused projection are read in place. Wrong arguments raise a
     ValueError. Source: Dao 2023, FlashAttention-2, algorithms 1 and 2; definition: `kernels.reference.attention`.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     check(q, k, v, window, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _forward(q, k, v, window if window < k.shape[1] else 0, scale)[0]
 
 
@@ -457,5 +393,4 @@ def check(q, k, v, window, scale):
     takes(k.shape[1] >= T_q, "k.shape[1]", k.shape[1], f"at least q's {T_q} tokens")
     takes(H % k.shape[2] == 0, "k.shape[2]", k.shape[2], f"a number of heads that divides q's {H}")
     takes(v.shape == k.shape, "v.shape", tuple(v.shape), f"k's shape {tuple(k.shape)}")
-    takes(isinstance(window, int) and window >= 0, "window", window, "a whole number from 0 on, 0 for no limit")
-    takes(0 < scale < math.inf, "scale", scale, "a finite number above 0")
+    require_numbers("flash_attention", window, scale)

@@ -3,7 +3,10 @@
 import torch
 import triton
 
+from kernels.choice import HEAD_DIMS, TAKEN_HEAD_DIMS
+
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in Python
+SCALES = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels compute in float32
 
 
 def on_hopper(x):
@@ -44,8 +47,14 @@ def require_computable(function, name, x, rank, axes):
     """What every attention kernel asks of its queries: rank, head size, dtype, device."""
     require(x.dim() == rank and x.numel() > 0, f"{function}: {name}.shape", tuple(x.shape), f"{rank} dimensions {axes}, none of them 0")
     D = x.shape[-1]
-    require(D % 8 == 0 and 16 <= D <= 256, f"{function}: {name}.shape[{rank - 1}]", D, "a head size D from 16 to 256 that is a multiple of 8")
+    require(D in HEAD_DIMS, f"{function}: {name}.shape[{rank - 1}]", D, f"a head size D {TAKEN_HEAD_DIMS}")
     known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     require(known, f"{function}: {name}.dtype", x.dtype, "bfloat16, float16 or float32")
     somewhere = x.device.type == "cuda" or INTERPRETED
     require(somewhere, f"{function}: {name}.device", x.device, "an NVIDIA GPU, or the CPU under TRITON_INTERPRET=1")
+
+
+def require_numbers(function, window, scale):
+    require(isinstance(window, int) and window >= 0, f"{function}: window", window, "a whole number from 0 on, 0 for no limit")
+    fits = scale is None or SCALES[0] <= scale <= SCALES[1]
+    require(fits, f"{function}: scale", scale, "a number above 0 that float32 can hold")

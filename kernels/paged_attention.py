@@ -22,16 +22,15 @@ Limits: D a multiple of 8 from 16 to 256, computed at the next power of two; up 
 from D 136 on); fewer than 2^31 slots; float32 runs in IEEE arithmetic without tensor cores, so it is for checking; no gradients.
 """
 
-import math
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, kernel_layout, next_power_of_2, on_hopper, require, require_computable, strides
+from kernels.launch import kernel_layout, next_power_of_2, require, require_computable, require_numbers, strides
+from kernels.paged_tiles import COUNTERS, MAX_ROWS, choose_splits, choose_tiles, padded
 from kernels.primitives import (
     LOG2_E,
     LOWEST,
@@ -267,69 +266,6 @@ def _prefill_kernel(
     store_rows(o_ptr, o, (tokens * H + heads) * HEAD_DIM, inside, HEAD_DIM)
 
 
-class Tiles(NamedTuple):
-    """How a kernel is run."""
-
-    block_m: int  # rows at least; more, if a KV head has more query heads
-    block_n: int
-    num_warps: int
-    num_stages: int
-    programs: int = 0  # decoding: the keys are split for so many programs on each multiprocessor
-
-
-# (decode, prefill) by the padded head size. Keys are found through page ids, so two loads follow each other: five stages
-# are two tiles under way, seven are three. Decoding at 64 and 128 was tuned on an H100 80GB HBM3 in bf16 with the shapes of
-# `python bench.py decode` (NOTES.md); the rest was not.
-HOPPER = {
-    64: (Tiles(16, 32, 1, 7, 16), Tiles(64, 64, 4, 5)),
-    128: (Tiles(16, 64, 2, 5, 16), Tiles(64, 64, 4, 5)),
-    256: (Tiles(16, 32, 4, 5, 16), Tiles(64, 32, 4, 5)),
-}
-MANY_ROWS = Tiles(64, 64, 4, 5, 6)  # decoding on Hopper at 128 with more than 16 query heads a KV head, as in MQA
-# The same for the 99 KB of shared memory of every GPU since Ampere. Not tuned.
-AMPERE = {
-    64: (Tiles(16, 64, 4, 5, 12), Tiles(64, 64, 4, 5)),
-    128: (Tiles(16, 32, 4, 5, 12), Tiles(64, 32, 4, 5)),
-    256: (Tiles(16, 16, 4, 5, 12), Tiles(64, 16, 4, 3)),
-}
-FLOAT32 = {
-    64: (Tiles(16, 32, 4, 1, 12), Tiles(32, 32, 4, 1)),
-    128: (Tiles(16, 32, 4, 1, 12), Tiles(32, 32, 4, 1)),
-    256: (Tiles(16, 16, 4, 1, 12), Tiles(16, 16, 4, 1)),
-}
-MAX_ROWS = {64: 128, 128: 128, 256: 64}  # query heads a KV head, by the padded head size: what fits into registers
-SHORTEST, LONGEST = 128, 4096  # keys of a split: fewer do not pay for the combining, more would be a long tail
-MANY_SPLITS = 16  # more are made only to give each multiprocessor a program: each costs the program that combines them
-COUNTERS = 1 << 14  # with more sequences times KV heads than this nothing needs to be split
-
-
-def padded(D):
-    return 64 if D <= 64 else 128 if D <= 128 else 256
-
-
-def choose_tiles(q, group):
-    """(decode, prefill) for these queries and the GPU that they are on."""
-    if q.dtype == torch.float32 or not on_hopper(q):
-        return (FLOAT32 if q.dtype == torch.float32 else AMPERE)[padded(q.shape[2])]
-    decode_tiles, prefill_tiles = HOPPER[padded(q.shape[2])]
-    return MANY_ROWS if group > 16 and padded(q.shape[2]) == 128 else decode_tiles, prefill_tiles
-
-
-def choose_splits(units, rows, max_keys, tiles, multiprocessors):
-    """(splits of a sequence, least number of tiles in one), for `units` pairs of a sequence and a KV head, `rows` query heads
-    each. A sequence is cut into equal parts, as many as fill the chip with all units; the shorter it is, the fewer, and
-    the more rows have to be written and read again for each part, the fewer. With many rows, parts are as long as those
-    of the longest sequence: shorter sequences are cut less, and no program works much longer than another.
-    """
-    if units > COUNTERS:
-        return 1, 1
-    wanted = cdiv(multiprocessors * tiles.programs * 16, units * max(16, rows))
-    fill = min(wanted, max(MANY_SPLITS, multiprocessors // units), cdiv(max_keys, SHORTEST))
-    splits = max(fill, cdiv(max_keys, LONGEST), 1)
-    shortest = cdiv(max_keys, splits) if rows > 16 else max(SHORTEST, min(1024 // wanted, 4 * SHORTEST))
-    return splits, cdiv(shortest, tiles.block_n)
-
-
 @cache
 def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -504,7 +440,6 @@ def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, windo
     `kernels.reference.paged_attention`. Wrong arguments raise a ValueError; what lies on the device is trusted.
     Sources: PagedAttention, Kwon et al. 2023, section 4.1; splitting the keys: Flash-Decoding, Dao et al. 2023.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     check("paged_attention", "q", q, k_pages, v_pages)
     (N, H, D), H_kv, num_seqs = q.shape, k_pages.shape[2], page_table.shape[0]
 
@@ -519,12 +454,12 @@ def paged_attention(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, windo
     takes(fits, "page_table", page_table, "(num_seqs, max_pages), 65535 sequences at most, none 0")
     most = MAX_ROWS[padded(D)]
     takes(H % H_kv == 0 and H <= most * H_kv, "q.shape[1]", H, f"a multiple of k_pages' {H_kv} heads, {most} times at most")
-    takes(isinstance(window, int) and window >= 0, "window", window, "a whole number from 0 on, 0 for no limit")
-    takes(0 < scale < math.inf, "scale", scale, "a finite number above 0")
+    require_numbers("paged_attention", window, scale)
     takes(max_query_len >= 1, "max_query_len", max_query_len, "a whole number from 1 on")
     fits = max_query_len > 1 or N <= num_seqs
     takes(fits, "q.shape[0]", N, f"at most one token for each of {num_seqs} sequences")
     takes(max_seq_len >= 0, "max_seq_len", max_seq_len, "a whole number from 0 on")
+    scale = D**-0.5 if scale is None else scale
     compute = _paged if torch.compiler.is_compiling() else attend
     return compute(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens, window, scale, max_query_len, max_seq_len)
 

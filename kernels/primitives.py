@@ -32,6 +32,14 @@ def cut_by_mask(q_first, q_last, k_first, k_last, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def first_tile(q_first, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of the first tile of keys that queries from q_first on see."""
+    if WINDOW > 0:
+        return tl.maximum(q_first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    return 0
+
+
+@triton.jit
 def of_batch(ptr, batch, strides):
     """The address of x[batch] for a (B, T, H, D) tensor x; strides are (batch, token, head), multiples of 8. multiple_of
     promises that to the compiler, which may then load 16 bytes at once."""
@@ -91,9 +99,9 @@ def store_tile(ptr, x, head, start, T, strides, ROWS: tl.constexpr, HEAD_DIM: tl
 
 @triton.jit
 def tile_of_program():
-    """(tile, head) of this program. Programs start in the order of their numbers, the first axis first: some heads are
-    walked side by side, all of them at tile 0, then tile 1, .., and then the next ones. So the longest rows start first
-    while the keys and values of those heads still fit into the L2 cache."""
+    """(tile, head) of this program, the heads counted over all sequences. Programs start in the order of their numbers, the
+    first axis first: some heads are walked side by side, all of them at tile 0, then tile 1, .., and then the next ones. So
+    the longest rows start first while the keys and values of those heads still fit into the L2 cache."""
     return tl.program_id(1), tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
 
 

@@ -80,9 +80,7 @@ def paged_attention(
     for i, length in enumerate(seq_lens.tolist()):
         rows = slice(starts[i], starts[i + 1])
         if length > 0:
-            first = (
-                max(0, length - len(q[rows]) - window + 1) if window else 0
-            )  # the first key that the first query sees
+            first = max(0, length - len(q[rows]) - window + 1) if window else 0  # the first key that the first query sees
             positions = torch.arange(first, length, device=q.device)
             pages = page_table[i, positions // page_size % max_pages].long()
             k, v = (x[pages, positions % page_size] for x in (k_pages, v_pages))  # (T_k, H_kv, D)

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels import flash_attention, paged_attention
+from kernels import flash_attention, flash_tiles, paged_attention, paged_tiles
 
 CAPABILITY = {"ampere": 80, "hopper": 90}
 SHARED = {"ampere": 99 << 10, "hopper": 227 << 10}  # bytes of shared memory that one program may have
@@ -44,22 +44,29 @@ class Compiled:
         return launch
 
 
-def compile_instead(module, *kernels):
-    module.on_hopper = lambda x: architecture == "hopper"
+def compile_instead(module, tiles, *kernels):
+    tiles.on_hopper = lambda x: architecture == "hopper"
     for name in kernels:
         setattr(module, name, Compiled(getattr(module, name)))
 
 
 def flash():
-    compile_instead(flash_attention, "_forward_kernel", "_dq_kernel", "_dkdv_kernel")
-    for D, window, dtype in ((64, 0, torch.bfloat16), (80, 0, torch.bfloat16), (128, 100, torch.float16), (32, 0, torch.float32)):
+    compile_instead(flash_attention, flash_tiles, "_forward_kernel", "_dq_kernel", "_dkdv_kernel")
+    for D, window, dtype in (
+        (64, 0, torch.bfloat16),
+        (80, 0, torch.bfloat16),
+        (128, 100, torch.float16),
+        (256, 0, torch.bfloat16),
+        (32, 0, torch.float32),
+        (256, 0, torch.float32),
+    ):
         q, k, v = torch.zeros(1, 128, 8, D, dtype=dtype).split([4, 2, 2], dim=2)
         o, lse = flash_attention._forward._init_fn(q, k, v, window, 1.0)
         flash_attention._backward._init_fn(o, q, k, v, o, lse, window, 1.0)
 
 
 def paged():
-    compile_instead(paged_attention, "_write_kernel", "_decode_kernel", "_prefill_kernel")
+    compile_instead(paged_attention, paged_tiles, "_write_kernel", "_decode_kernel", "_prefill_kernel")
     for H, H_kv, D, page_size, window, dtype in (
         (12, 12, 64, 64, 0, torch.bfloat16),
         (6, 2, 80, 16, 100, torch.float16),

@@ -5,14 +5,18 @@ with NaN, so an element that no program writes is seen.
 """
 
 import random
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
-from util import DEVICE, gpu, script
+from util import DEVICE, environment, gpu, repository, script
 
 from kernels import reference
-from kernels.flash_attention import _backward, _forward, flash_attention, grid_of
+from kernels.flash_attention import _backward, _forward, flash_attention
+from kernels.flash_tiles import grid_of
 from kernels.launch import kernel_layout
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -84,6 +88,7 @@ SHAPES = [  # B, T_q, T_k, H, H_kv, D, window
     (1, 1, 130, 2, 1, 32, 33),
     (1, 128, 192, 2, 1, 16, 0),
     (1, 70, 70, 1, 1, 136, 64),
+    (1, 40, 70, 2, 1, 248, 0),
     (1, 64, 100, 2, 1, 64, 0),
     (3, 20, 20, 8, 4, 16, 0),
 ]
@@ -97,9 +102,9 @@ def test_matches_the_definition(shape, dtype):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes the tiles of its own")
-@pytest.mark.parametrize("shape", [(1, 128, 192, 2, 2, 128, 0), (1, 100, 130, 2, 1, 72, 40), (1, 70, 70, 2, 1, 64, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128, 192, 2, 2, 128, 0), (1, 100, 130, 2, 1, 72, 40), (1, 70, 70, 2, 1, 64, 0), (1, 70, 100, 2, 2, 248, 50)], ids=str)
 def test_the_tiles_and_tensor_descriptors_of_hopper(shape, monkeypatch):
-    monkeypatch.setattr("kernels.flash_attention.on_hopper", lambda x: True)
+    monkeypatch.setattr("kernels.flash_tiles.on_hopper", lambda x: True)
     *sizes, window = shape
     check((*inputs(*sizes, torch.float16), window))
 
@@ -162,12 +167,24 @@ def test_other_views_are_copied():
     check((q, backwards, misaligned, expanded, 0))
 
 
-def test_hidden_tiles_are_not_read():
+def test_tiles_outside_the_window_are_not_read():
     q, k, v, do = inputs(1, 20, 600, 2, 1, 16, layout="contiguous")
     k[:, :400], v[:, :400] = torch.nan, torch.nan  # a window of 10 begins at key 571
     o, dq, dk, dv = gradients(flash_attention, q, k, v, do, 10)
     assert o.isfinite().all() and dq.isfinite().all()
     assert not dk[:, :571].any() and not dv[:, :571].any()
+
+
+def test_tiles_above_the_diagonal_are_not_read():
+    q, k, v, do = inputs(1, 256, 256, 2, 1, 16, layout="contiguous")
+    later = k.clone(), v.clone()
+    for x in later:
+        x[:, 128:] = torch.nan
+    o, dq, _, _ = gradients(flash_attention, q, *later, do, 0)
+    assert o[:, :128].isfinite().all() and dq[:, :128].isfinite().all()
+    q[:, :128], do[:, :128] = torch.nan, torch.nan
+    _, _, dk, dv = gradients(flash_attention, q, k, v, do, 0)
+    assert dk[:, 128:].isfinite().all() and dv[:, 128:].isfinite().all()
 
 
 def test_two_runs_give_the_same_bits():
@@ -212,10 +229,44 @@ def test_activation_checkpointing():
         assert torch.equal(a, b)
 
 
+class Projected(torch.nn.Module):
+    """Attention behind a fused projection to 2 query heads and 1 KV head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.qkv = torch.nn.Linear(32, 4 * 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (4, 16)).split([2, 1, 1], dim=2)
+        return flash_attention(q, k, v).sum()
+
+
+def one_of_two_processes(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(Projected())
+    model(torch.load(folder / "x.pt")[rank : rank + 1]).backward()
+    torch.save(model.module.qkv.weight.grad, folder / f"{rank}.pt")
+    torch.distributed.barrier()  # gloo's threads may crash a process whose peer has gone
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="two processes would need two GPUs")
+def test_two_processes_have_the_mean_gradient(tmp_path):
+    x, model = torch.randn(2, 70, 32), Projected()
+    torch.save(x, tmp_path / "x.pt")
+    torch.multiprocessing.spawn(one_of_two_processes, (tmp_path,), nprocs=2)
+    model(x).backward()
+    for rank in range(2):
+        torch.testing.assert_close(2 * torch.load(tmp_path / f"{rank}.pt"), model.qkv.weight.grad)
+
+
 @pytest.mark.parametrize(
     ("argument", "change"),
     [
         ("q.shape", {"q": torch.zeros(1, 8, 32)}),
+        ("q.shape", {"q": torch.zeros(())}),
+        ("q.shape", {"q": torch.zeros(1, 8, 2, 0)}),
         ("q.shape[3]", {name: torch.zeros(1, 8, 2, 20) for name in "qkv"}),
         ("q.shape[3]", {name: torch.zeros(1, 8, 2, 264) for name in "qkv"}),
         ("k.shape", {"k": torch.zeros(2, 8, 2, 32)}),
@@ -230,6 +281,8 @@ def test_activation_checkpointing():
         ("window", {"window": 0.5}),
         ("scale", {"scale": 0.0}),
         ("scale", {"scale": float("nan")}),
+        ("scale", {"scale": 1e-46}),
+        ("scale", {"scale": 1e300}),
     ],
 )
 def test_wrong_arguments_are_named(argument, change):
@@ -300,6 +353,29 @@ def test_memory_is_linear_in_length():
     outputs = 2 * (2 * q.numel() + k.numel() + v.numel())  # bytes of o, dq, dk, dv
     lse_and_stats = 4 * 3 * H * T
     assert torch.cuda.max_memory_allocated() - before <= outputs + lse_and_stats + 2**20
+
+
+@gpu
+def test_the_end_of_a_long_text():
+    """With a gradient for the last queries only, those with all keys make all of dk and dv."""
+    q, k, v, do = inputs(1, 131_072, 131_072, 2, 1, 64, torch.bfloat16)
+    last = slice(-40, None)
+    do[:, : last.start] = 0
+    o, dq, dk, dv = gradients(flash_attention, q, k, v, do, 0)
+    tail = q[:, last], k, v, do[:, last]
+    truth = gradients(reference.attention, *tail, 0, torch.float64)
+    plain = gradients(reference.attention, *tail, 0)
+    for name, x, y, z in zip(("o", "dq", "dk", "dv"), (o[:, last], dq[:, last], dk, dv), plain, truth, strict=True):
+        assert (x.double() - z).norm() <= 2 * (y.double() - z).norm(), name
+
+
+@gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not there")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "tests/sanitized.py"]
+    result = subprocess.run(command, check=False, cwd=repository, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
 
 
 @gpu

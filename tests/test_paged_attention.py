@@ -12,7 +12,8 @@ from util import DEVICE, gpu, script
 
 from kernels import paged_attention as kernels
 from kernels import paged_sdpa, reference
-from kernels.paged_attention import _paged, _write, choose_splits, paged_attention, write_pages
+from kernels.paged_attention import _paged, _write, paged_attention, write_pages
+from kernels.paged_tiles import Tiles, choose_splits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -22,9 +23,8 @@ def problem(seq_lens, counts, H, H_kv, D, page_size=16, window=0, dtype=torch.fl
     that hold no such slot name a page of NaN. With `ring`, the table is as narrow as the window lets it be."""
     generator = torch.Generator().manual_seed(seed)
     first = [max(0, n - count - window + 1) if window else 0 for n, count in zip(seq_lens, counts, strict=True)]
-    numbers = [
-        range(a // page_size, -(-n // page_size)) for a, n in zip(first, seq_lens, strict=True)
-    ]  # pages that are seen
+    # pages that are seen
+    numbers = [range(a // page_size, -(-n // page_size)) for a, n in zip(first, seq_lens, strict=True)]
     max_pages = max(1, max(len(r) if ring else r.stop for r in numbers))
     num_pages = sum(map(len, numbers)) + 2
     ids = torch.randperm(num_pages, generator=generator).tolist()
@@ -157,7 +157,7 @@ def test_a_wrong_bound_costs_time_but_not_rightness(max_seq_len):
 
 
 def test_splits_fill_the_chip_and_stay_long_enough():
-    tiles = kernels.Tiles(16, 64, 4, 5, 16)
+    tiles = Tiles(16, 64, 4, 5, 16)
 
     def splits(units, max_keys):
         return choose_splits(units, 4, max_keys, tiles, 132)[0]
