@@ -11,7 +11,7 @@ tables:    nothing is measured: the files in results/ become the tables of the R
 Each writes a file of this name below results/, where the name may say the device, and most a plot beside it. "GPU" needs an
 NVIDIA GPU.
 
-What is timed is validated first, except in claims, which times what the others validate. Times are medians over rounds in
+What is timed is validated first; claims mostly times what the others validate. Times are medians over rounds in
 which all contestants take turns, so that a change of the clock meets all of them; but where each of them fills the memory, in
 variants and on a GPU in engine, they come one after the other. The last line printed is JSON.
 """

@@ -29,13 +29,13 @@ WINDOWED = [Shape(1, 16, 16, T, 64, 1024) for T in (4096, 8192, 16384, 32768, 65
 
 
 def bench_attention(config):
-    rows = []
-    print(f"{'B, H, H_kv, T, D, window':32}" + "".join(f"{name:>24}" for name in config.peers.split(",")))
+    rows, peers = [], [name for name in config.peers.split(",") if name in contestants(SHAPES[0])]
+    print(f"{'B, H, H_kv, T, D, window':32}" + "".join(f"{name:>24}" for name in peers))
     for shape in SHAPES + (SWEEP + WINDOWED if config.sweep else []):
         with torch.cuda.stream(torch.cuda.Stream()):
             times = time_attention(shape, config)
         rows += [{**shape._asdict(), "peer": peer, **time} for peer, time in times.items()]
-        cells = [times.get(peer) for peer in config.peers.split(",")]
+        cells = [times.get(peer) for peer in peers]
         text = [f"{c['forward_ms']:.3f} / {c['backward_ms']:.3f}" if c else "" for c in cells]
         print(f"{', '.join(map(str, shape)):32}" + "".join(f"{cell:>24}" for cell in text), flush=True)
     folder = Path(config.out_dir)
@@ -67,8 +67,15 @@ def time_attention(shape, config):
     for peer in config.peers.split(","):
         attend = contestants(shape).get(peer)
         if attend:
-            o = attend(q, k, v)
-            validate(peer, shape, (o, *torch.autograd.grad(o, (q, k, v), do, retain_graph=True)), q, k, v, do)
+            try:
+                o = attend(q, k, v)
+                made = (o, *torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
+            except RuntimeError as error:  # a peer that this GPU or this build of torch does not have
+                if peer == "ours" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                print(f"{peer} at {tuple(shape)}: left out ({str(error).splitlines()[0]})", flush=True)
+                continue
+            validate(peer, shape, made, q, k, v, do)
             calls[peer, "forward"] = captured(lambda attend=attend: without_grad(attend, q, k, v), CALLS)
             calls[peer, "backward"] = captured(lambda o=o: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), CALLS)
     times = {name: ms / CALLS for name, ms in median_ms(calls, config.rounds, repeats=1).items()}

@@ -5,6 +5,7 @@ an NVIDIA GPU with the sizes of real models; elsewhere with tiny ones, which sho
 """
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def draw(answers, path):
     figure, axes = plt.subplots(2, math.ceil(len(answers) / 2), figsize=(20, 9), layout="constrained")
     for axis, answer in zip(axes.flat, answers, strict=False):
         answer.draw(axis)
-        axis.set_title(f"{answer.claim}\n{answer.verdict.partition(',')[0]}", fontsize=9, wrap=True)
+        axis.set_title(f"{textwrap.fill(answer.claim, 60)}\n{answer.verdict.partition(',')[0]}", fontsize=9)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

@@ -10,7 +10,7 @@ from collections import deque
 import torch
 
 from benchmarks.engine import random_model
-from benchmarks.measure import frozen_objects
+from benchmarks.measure import forget_compiled, frozen_objects
 from benchmarks.plots import bars, lines
 from benchmarks.variants import PAGE_SIZE, PARTS, decode_speed
 from engine import Engine, Request
@@ -77,7 +77,8 @@ def gqa_decodes_nearly_as_fast(sizes, device, dtype, rounds):
     size, engines = sizes.decoding, {}
     for attention in ("mha", "gqa", "mqa"):
         model = random_model({**size.shape, **PARTS, "attention": attention}, device, dtype)
-        engines[attention] = Engine(model, max(size.batches) * (size.tokens // PAGE_SIZE + 1), PAGE_SIZE, 8192)
+        num_pages = max(size.batches) * (size.tokens // PAGE_SIZE + 1)
+        engines[attention] = Engine(model, num_pages, PAGE_SIZE, 8192, compile=device.type == "cuda")
     speeds = {attention: {} for attention in engines}
     for batch in size.batches:
         for engine in engines.values():
@@ -88,6 +89,8 @@ def gqa_decodes_nearly_as_fast(sizes, device, dtype, rounds):
             speeds[attention][batch] = statistics.median(column)
     shares = {batch: speeds["gqa"][batch] / speeds["mqa"][batch] for batch in size.batches}
     gqa = engines["gqa"].model
+    engines.clear()
+    forget_compiled()
     weights = sum(parameter.nbytes for parameter in gqa.parameters())  # the embedding, too: it is the head
     caches = {batch: batch * size.tokens * gqa.kv_bytes_per_token(dtype.itemsize) for batch in size.batches}
     series = {name: list(points.items()) for name, points in speeds.items()}
@@ -143,7 +146,7 @@ def contiguous_caches_waste(sizes, device, dtype, rounds):
     for at_once in served:
         serve(engine, random_requests(lengths, next(seeds)), at_once)  # captures
     with frozen_objects():
-        for _ in range(min(rounds, 3)):
+        for _ in range(min(rounds, 3)):  # each serves all requests twice, and they differ by little
             for at_once, turns in served.items():
                 turns.append(serve(engine, random_requests(lengths, next(seeds)), at_once))
     (slow, few), (fast, many) = ([statistics.median(column) for column in zip(*turns)] for turns in served.values())

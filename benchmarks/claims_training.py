@@ -224,7 +224,8 @@ def receptive_field(layers, window):
 
 
 def flash_never_holds_n_by_n(sizes, device, dtype, rounds):
-    """Memory by the allocator. Bytes moved are at most what the time allows at the bandwidth of a copy.
+    """Memory by the allocator, without a GPU that of the largest tensor. Bytes moved are at most what the time allows at the
+    bandwidth of a copy.
 
     A kernel computes with the scores in float32 and with their exponentials in the dtype of v. Holds when twice the
     tokens take at most 2.2 times the memory, and fewer bytes were moved than these two would take.
@@ -235,7 +236,7 @@ def flash_never_holds_n_by_n(sizes, device, dtype, rounds):
         q, k, v = qkv_of(n, H, D, device, dtype)
         calls[n] = partial(attention, q, k, v)
         held[n] = bytes_made(calls[n], device)
-        if n <= 16384:  # the definition at more would not fit into any memory
+        if n <= 16384:  # at twice as many tokens the definition would hold four times as much, 78 GB
             formula_held[n] = bytes_made(partial(reference.attention, q, k, v), device)
     source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

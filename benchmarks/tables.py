@@ -99,7 +99,7 @@ def variants(facts):
 
 
 def claims(facts):
-    return {name: [row[name] for row in facts["rows"]] for name in ("claim", "measured", "verdict")}
+    return {name: [row[name] for row in facts["rows"]] for name in ("claim", "formula", "measured", "verdict")}
 
 
 MAKERS = {
