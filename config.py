@@ -23,6 +23,8 @@ class UserError(Exception):
 
 def run(main):
     """Run an entry point. What the user can mend becomes one line on stderr and exit code 2."""
+    if sys.stdout is None:  # the first file that is opened would get its number, and what libraries print
+        fail("stdout is closed; leave it open, or send it to /dev/null")
     sys.stdout.reconfigure(errors="replace")  # models write any character; a terminal that lacks one shows ?
     try:
         main(sys.argv[1:])

@@ -25,7 +25,7 @@ the device. Whoever turns out to have ended has computed one token too many, whi
 import time
 from collections import deque
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 from config import UserError
 from paging import PageTables, most_pages, page_groups, pages_for
@@ -83,7 +83,8 @@ class Stats:
 
 
 class Engine:
-    """Continues requests, as many at once as the pool of pages takes, first come, first served.
+    """Continues requests, as many at once as the pool of pages takes, first come, first served. Several samples of a prompt
+    are as many requests with other seeds, which share its full pages.
 
     model:               in evaluation mode; its parameters give dtype and device of the cache
     num_pages:           the pool, in pages of page_size tokens of a group of layers (one group, unless windowed and
@@ -141,9 +142,10 @@ class Engine:
             if num_pages < 1:
                 raise ValueError(f"memory_fraction={memory_fraction} of the free memory holds no page of {size} bytes")
         self.num_pages = num_pages
-        pool = groups, num_pages, page_size, max_num_seqs
-        self.runner = Runner(model, *pool, self.vocab_size, attention, graphs, compile)
-        self.tables = PageTables(*pool, max_tokens_per_step, model.config.max_seq_len)
+        pool = {"groups": groups, "num_pages": num_pages, "page_size": page_size, "max_num_seqs": max_num_seqs}
+        how = {"attention": attention, "graphs": graphs, "compile": compile}
+        self.runner = Runner(model, **pool, vocab_size=self.vocab_size, **how)
+        self.tables = PageTables(**pool, max_tokens_per_step=max_tokens_per_step, max_seq_len=model.config.max_seq_len)
         self.depth = 1 + (weight.device.type == "cuda" if overlap is None else overlap)  # steps under way
         self.waiting = deque()
         self.running = []  # in order of arrival; all of them came before those who wait
@@ -160,29 +162,39 @@ class Engine:
         return sequence
 
     def check(self, request):
+        """Raise ValueError, with one line, unless the request can be served. Whatever passes may fail no step: that would
+        end all the others, too."""
         config, prompt = self.model.config, request.prompt
+        if not isinstance(prompt, (list, tuple)) or not whole(prompt):
+            raise ValueError("prompt takes a list of token ids, which are whole numbers")
         if not prompt:
             raise ValueError("the prompt is empty; it takes at least one token")
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < self.vocab_size)
-            raise ValueError(f"token ids lie in [0, {self.vocab_size}), got {wrong}")
+            raise ValueError(f"token ids of a prompt lie in [0, {self.vocab_size}), got {wrong}")
+        for key in ("max_new_tokens", "top_k", "seed"):
+            if not whole([getattr(request, key)]):
+                raise ValueError(f"{key} takes a whole number, got {getattr(request, key)!r}")
+        for key in ("temperature", "top_p", "min_p"):
+            if not isinstance(getattr(request, key), Real):
+                raise ValueError(f"{key} takes a number, got {getattr(request, key)!r}")
         for key, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
             if not getattr(request, key) >= least:  # NaN is not
                 raise ValueError(f"{key} takes {least} or more, got {getattr(request, key)}")
-        for key in ("max_new_tokens", "top_k", "seed"):
-            whole = isinstance(getattr(request, key), Integral)
-            if not whole:
-                raise ValueError(f"{key} takes a whole number, got {getattr(request, key)}")
         if not 0 < request.top_p <= 1:
             raise ValueError(f"top_p takes a probability in (0, 1], got {request.top_p}")
         if not 0 <= request.min_p <= 1:
             raise ValueError(f"min_p takes a share in [0, 1], got {request.min_p}")
-        if request.logprobs is not None and not 0 <= request.logprobs <= ALTERNATIVES:
-            raise ValueError(f"logprobs takes None or 0 to {ALTERNATIVES}, got {request.logprobs}")
-        stops = request.stop_strings
-        if stops and not (self.decode and all(isinstance(stop, bytes) and stop for stop in stops)):
-            raise ValueError("stop_strings takes bytes that are not empty, and an Engine that was given decode")
-        total = len(prompt) + request.max_new_tokens
+        if request.logprobs is not None and not (whole([request.logprobs]) and 0 <= request.logprobs <= ALTERNATIVES):
+            raise ValueError(f"logprobs takes None or a whole number from 0 to {ALTERNATIVES}, got {request.logprobs!r}")
+        stops, kinds = request.stop_strings, (tuple, list, set, frozenset)
+        if not isinstance(request.stop_tokens, kinds) or not whole(request.stop_tokens):
+            raise ValueError("stop_tokens takes a tuple of token ids, which are whole numbers")
+        if not isinstance(stops, kinds) or not all(isinstance(stop, bytes) and stop for stop in stops):
+            raise ValueError("stop_strings takes a tuple of bytes that are not empty")
+        if stops and not self.decode:
+            raise ValueError("stop_strings needs an Engine that was given decode")
+        total = len(prompt) + int(request.max_new_tokens)  # a number of numpy's might overflow
         lengths = f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones"
         if config.pos == "learned" and total > config.max_seq_len:
             raise ValueError(f"{lengths} are more than the {config.max_seq_len} learned positions (max_seq_len)")
@@ -324,19 +336,27 @@ class Engine:
                 self.finish(sequence, "length")
         return news
 
+    def cancel(self, sequence):
+        """Take a sequence out, between steps; it keeps what it has generated. Does nothing to one that has ended, and raises
+        ValueError for one that another engine has."""
+        if not sequence.finished:
+            self.finish(sequence, "cancelled")
+
     def finish(self, sequence, why):
-        """Take a sequence out between steps: "cancelled" is for callers. Does nothing to one that has ended."""
-        if sequence.finished:
-            return
-        sequence.finished = why
         if sequence.row:
-            self.running.remove(sequence)
+            self.running.remove(sequence)  # ValueError before anything has changed, if it is not there
             self.tables.remember(sequence)
             self.tables.release(sequence)
         else:
             self.waiting.remove(sequence)
+        sequence.finished = why
         if self.decode:
             sequence.make_text(self.decode)
+
+
+def whole(numbers):
+    """Whether all of them are whole numbers. Looks at each kind once: a prompt may have 100,000."""
+    return all(issubclass(kind, Integral) for kind in set(map(type, numbers)))
 
 
 def drawing_of(pieces):

@@ -11,16 +11,20 @@ size where windows differ over the depth, so that one pool serves them all: a pa
 next hold tokens of a global one. A page may be held by many sequences, but only when it is full, so that nobody writes
 into it: the last, partly filled page of a shared beginning is computed again by each.
 
+Between steps, which is after `slide`, a sequence holds pages of at most window + 2 * page_size positions of a windowed
+group. A step that computes a long piece of a prompt holds the pages of that piece, too, while it is scheduled.
+
 Steps run one after the other on the device. So what a step writes may be read by the next one, and by the same one too,
 because a layer writes K and V of all tokens before it looks at any; and a page given back once a step is scheduled may
 be written by the next one, even if that is scheduled while the step still runs. But within the scheduling of a step
 nothing may be given back that this very step reads.
 """
 
-import itertools
 import math
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -98,15 +102,16 @@ class PageAllocator:
 
 
 class Prefix:
-    """A page's worth of tokens behind another Prefix, or behind nothing: texts with the same beginning share them.
+    """A page's worth of tokens and all that stands before them: texts with the same beginning share them.
 
-    Found by `key`, the number of the Prefix before it and its own tokens, so that two texts share a Prefix exactly when
-    all of their tokens are equal: a dictionary compares keys that have the same hash.
+    Found by `key`: a hash of all tokens before the page, and the page's own tokens. A dictionary compares these one by one,
+    and those before were compared when the Prefixes before it were found. Where a windowed text has no pages any more for
+    its beginning, the hash stands for them: it is SHA-256, of which nobody knows two texts that have the same. Each Prefix
+    that is kept has a page, so there are no more of them than pages.
     """
 
-    def __init__(self, key, number, num_groups):
+    def __init__(self, key, num_groups):
         self.key = key
-        self.number = number  # never given to another text, even when this one is forgotten
         self.pages = [None] * num_groups  # where each group keeps it, None: no more
 
 
@@ -114,12 +119,11 @@ class Row:
     """A sequence's row of the page tables. The page of index j has its positions j * page_size and following; group g holds
     the indices first[g] to end - 1."""
 
-    def __init__(self, index, first, end, prefix):
+    def __init__(self, index, first, end):
         self.index = index
         self.first = first
         self.end = end
         self.known = end  # full pages that are remembered, or were found
-        self.prefix = prefix  # number of the Prefix of the last of them
         self.slides_at = 0  # with fewer tokens computed, no page is behind its window
 
 
@@ -127,7 +131,7 @@ class PageTables:
     """The page tables of all running sequences, one for each group, and the pool that their pages come from.
 
     Sequences have .tokens (ids known so far), .num_computed (tokens whose K and V are in the pages or on their way
-    there) and .row, which is None unless they are admitted.
+    there), .keys (of their first full pages, filled by `key`) and .row, which is None unless they are admitted.
 
     tables[g][row, j % width] is the page of index j. A windowed group's table is as wide as the window and the longest
     step need, so that a sequence can go on without end in it; a global group's grows with the longest sequence.
@@ -135,6 +139,7 @@ class PageTables:
 
     def __init__(self, groups, num_pages, page_size, max_num_seqs, max_tokens_per_step, max_seq_len):
         self.groups = groups
+        self.windowed = all(group.window for group in groups)
         self.page_size = page_size
         self.allocator = PageAllocator(num_pages)
         self.rows = list(reversed(range(max_num_seqs)))  # free ones, the lowest is taken next
@@ -145,7 +150,6 @@ class PageTables:
             self.tables.append(np.zeros((max_num_seqs, width), dtype=np.int32))
         self.prefixes = {}  # key -> Prefix
         self.contents = [None] * num_pages  # (Prefix, group) that a page holds, if it can be found again
-        self.numbers = itertools.count(1)  # 0 stands before every text
 
     def page(self, row, group, index):
         table = self.tables[group]
@@ -158,11 +162,11 @@ class PageTables:
         table[row.index, index % table.shape[1]] = page
 
     def admit(self, sequence):
-        """Give the sequence a row and what is known of its tokens. False when rows or pages do not suffice to compute
-        the others, too."""
+        """Give the sequence a row and what is known of its tokens. False when no row is free, or too few pages are for the
+        tokens that were not found."""
         if not self.rows:
             return False
-        found = self.find(sequence.tokens)
+        found = self.find(sequence)
         position = len(found) * self.page_size
         first = [group.first_seen(position) // self.page_size for group in self.groups]
         shared = [(g, j, found[j].pages[g]) for g in range(len(first)) for j in range(first[g], len(found))]
@@ -170,7 +174,7 @@ class PageTables:
         left = len(self.allocator.free) - sum(not self.allocator.holders[page] for *_, page in shared)
         if missing > left:
             return False
-        row = Row(self.rows.pop(), first, len(found), found[-1].number if found else 0)
+        row = Row(self.rows.pop(), first, len(found))
         for group, index, page in shared:
             self.allocator.share(page)
             self.put(row, group, index, page)
@@ -178,24 +182,31 @@ class PageTables:
         sequence.num_computed = position
         return True
 
-    def find(self, tokens):
+    def key(self, sequence, index):
+        """The `Prefix.key` of the sequence's page of that index. Made once, and after that of the page before it."""
+        if index == len(sequence.keys):
+            before = sha256(b"".join(sequence.keys[-1])).digest() if index else b""
+            tokens = array("q", sequence.tokens[index * self.page_size : (index + 1) * self.page_size])
+            sequence.keys.append((before, tokens.tobytes()))
+        return sequence.keys[index]
+
+    def find(self, sequence):
         """The longest known beginning of the tokens, as Prefixes; the last token is left to compute, for its logits.
 
-        A group must still have the pages that the next token sees, not those behind its window. The text before them
-        is known to be the same as long as one group has it.
+        A group must still have the pages that the next token sees, not those behind its window. Where no group has a page
+        any more, it is None in place of a Prefix.
         """
-        found, longest, number = [], 0, 0
+        found, longest = [], 0
         in_a_row = [0] * len(self.groups)  # how many of the last pages a group has, without a gap
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            prefix = self.prefixes.get((number, tuple(tokens[start : start + self.page_size])))
-            if prefix is None:
-                break
+        for index in range((len(sequence.tokens) - 1) // self.page_size):
+            prefix = self.prefixes.get(self.key(sequence, index))
+            if prefix is None and not self.windowed:
+                break  # a global group needs all pages
             found.append(prefix)
-            number = prefix.number
-            enough = True  # whether every group has all pages that the next token sees
+            enough = prefix is not None  # and whether every group has all pages that the next token sees
             for g, group in enumerate(self.groups):
-                in_a_row[g] = 0 if prefix.pages[g] is None else in_a_row[g] + 1
-                enough &= len(found) - in_a_row[g] <= group.first_seen(start + self.page_size) // self.page_size
+                in_a_row[g] = in_a_row[g] + 1 if prefix and prefix.pages[g] is not None else 0
+                enough &= len(found) - in_a_row[g] <= group.first_seen(len(found) * self.page_size) // self.page_size
             if enough:
                 longest = len(found)
         return found[:longest]
@@ -220,14 +231,14 @@ class PageTables:
         row = sequence.row
         full = min(sequence.num_computed, len(sequence.tokens)) // self.page_size
         for index in range(row.known, full):
-            key = (row.prefix, tuple(sequence.tokens[index * self.page_size : (index + 1) * self.page_size]))
-            prefix = self.prefixes.get(key) or Prefix(key, next(self.numbers), len(self.groups))
+            key = self.key(sequence, index)
+            prefix = self.prefixes.get(key) or Prefix(key, len(self.groups))
             for group in range(len(self.groups)):
                 if index >= row.first[group] and prefix.pages[group] is None:
                     prefix.pages[group] = page = self.page(row, group, index)
                     self.contents[page] = prefix, group
                     self.prefixes[key] = prefix
-            row.prefix, row.known = prefix.number, index + 1
+            row.known = index + 1
 
     def forget(self, page):
         """The page is about to hold something else."""

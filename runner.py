@@ -114,7 +114,7 @@ class Runner:
         self.device = weight.device
         self.on_cuda = weight.device.type == "cuda"
         if attention == "auto":
-            attention = "triton" if triton_takes(self.device, config.head_dim) else "sdpa"
+            attention = "triton" if triton_pages(self.device, config) else "sdpa"
         self.write_pages, self.attention = paged_attention(attention)
         self.pads = attention == "triton"  # the others read lengths on the host, so they gain nothing
         self.graphs = {} if graphs and self.pads and self.on_cuda else None
@@ -148,7 +148,8 @@ class Runner:
         buffer = host.to(self.device, non_blocking=True)
         outputs = self.compute(shape, buffer, buffer if self.pads else host)
         drawn = Drawn(outputs)
-        if self.graphs is not None and shape.max_query_len == shape.num_draws // shape.num_seqs == 1:
+        decodes = shape.max_query_len == 1 and shape.num_draws == shape.num_seqs
+        if decodes and self.graphs is not None:
             self.graphs[shape] = self.capture(shape, buffer)
         return drawn
 
@@ -285,6 +286,15 @@ class Drawn:
         if self.event:
             self.event.synchronize()
         return [x.tolist() for x in self.outputs]
+
+
+def triton_pages(device, config):
+    """Whether the Triton kernels can compute a model's attention over pages."""
+    if not triton_takes(device, config.head_dim):
+        return False
+    from kernels.paged_tiles import MAX_ROWS, padded  # imports triton, which is there
+
+    return config.n_head <= MAX_ROWS[padded(config.head_dim)] * config.n_kv_head
 
 
 def paged_attention(attention):

@@ -129,7 +129,7 @@ def main(argv):
 
 def read_prompts(path):
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark that is no text
             prompts = [line.rstrip("\n") for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts_file={path} cannot be read: {error}") from None

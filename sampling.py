@@ -51,7 +51,7 @@ def style_of(requests, vocab_size):
 
 def states_of(seeds):
     """Where the numbers of each seed begin: at a hash of it, so that no seed's numbers are another's from some index on."""
-    return mixed(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
+    return mixed(np.array([int(seed) % 2**64 for seed in seeds], dtype=np.uint64))
 
 
 def uniform(states, indices):

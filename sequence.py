@@ -25,12 +25,13 @@ class Sequence:
     def __init__(self, request):
         self.request = request
         self.num_prompt = len(request.prompt)
-        self.longest = self.num_prompt + request.max_new_tokens  # tokens with which it ends at the latest
+        self.longest = self.num_prompt + int(request.max_new_tokens)  # tokens with which it ends at the latest
         self.tokens = list(request.prompt)  # and what was generated, as far as it is read
         self.logprobs = []  # of each generated token, if asked for: (its log-probability, {id: of the likeliest ones})
         self.pending = 0  # tokens drawn but not read: 0 to 2
         self.drawn_at = 0  # the newest one's row in the runner's `drawn`
         self.num_computed = 0  # tokens whose K and V are in the pages, or will be when the launched steps have run
+        self.keys = []  # of its first full pages, by which the page tables find them
         self.row = None  # of the page tables, while running
         self.finished = ""  # why: "length", "stop" or "cancelled"
         self.text = None  # of the generated tokens without a stop string; once finished, if the engine can decode
@@ -47,11 +48,12 @@ class Sequence:
 
     def ends_in_stop_string(self, decode):
         """Whether the newest token completes a stop string. Decodes no more of the text's end than it must."""
-        stops, ids = self.request.stop_strings, self.generated
-        longest = max(map(len, stops))
-        count = longest + 1  # tokens, of a byte at least ..
-        while len(text := decode(ids[-count:])) <= longest and count < len(ids):
-            count *= 2  # .. but for those that decode to nothing
+        stops, end = self.request.stop_strings, len(self.tokens)
+        before = max(map(len, stops)) - 1  # bytes of a stop string that may precede the newest token
+        first = max(self.num_prompt, end - 1 - before)  # enough where each token has a byte; some decode to nothing
+        while first > self.num_prompt and len(decode(self.tokens[first : end - 1])) < before:
+            first = max(self.num_prompt, 2 * first - end)  # twice as many tokens
+        text = decode(self.tokens[first:])
         return any(stop in text for stop in stops)
 
     def make_text(self, decode):

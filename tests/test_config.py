@@ -87,6 +87,15 @@ def test_the_program_ends_with_one_line_and_code_2(argument):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
+def test_a_closed_stdout_is_said_in_a_line(monkeypatch, capsys):
+    """As `>&-` of a shell leaves it."""
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit) as done:
+        run(raises(AssertionError("main has begun")))
+    message = capsys.readouterr().err
+    assert done.value.code == 2 and message.startswith("error: stdout is closed") and message.count("\n") == 1
+
+
 TORCH_ON_CUDA = "CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 4 is free."
 
 

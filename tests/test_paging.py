@@ -15,7 +15,11 @@ def tables_of(num_pages, windows=(0,), max_num_seqs=8, longest_step=16):
 
 
 def new_sequence(tokens):
-    return SimpleNamespace(tokens=list(tokens), num_computed=0, row=None)
+    return SimpleNamespace(tokens=list(tokens), num_computed=0, keys=[], row=None)
+
+
+def find(tables, tokens):
+    return tables.find(new_sequence(tokens))
 
 
 def compute(tables, sequence, n=None):
@@ -54,7 +58,7 @@ def check_tables(tables, sequences):
     for prefix in tables.prefixes.values():
         assert any(page is not None for page in prefix.pages)
         assert all(page is None or tables.contents[page] == (prefix, g) for g, page in enumerate(prefix.pages))
-    assert all(tables.prefixes[prefix.key].number >= prefix.number for prefix, _ in filter(None, tables.contents))
+    assert all(tables.prefixes[prefix.key] is prefix for prefix, _ in filter(None, tables.contents))
 
 
 def test_a_page_given_back_twice_is_an_error():
@@ -191,9 +195,9 @@ def test_a_stale_hash_never_returns_another_texts_pages_after_a_page_is_reused()
     tables.release(first)
     second = admitted(tables, [50 + i for i in range(14)])
     compute(tables, second)  # takes all four pages
-    assert not tables.find(list(range(8)))
+    assert not find(tables, list(range(8)))
     tables.release(second)
-    assert len(tables.find([50 + i for i in range(14)])) == 3
+    assert len(find(tables, [50 + i for i in range(14)])) == 3
     check_tables(tables, [first, second])
 
 
@@ -203,8 +207,8 @@ def test_texts_whose_hashes_collide_are_told_apart():
     assert hash((0, one)) == hash((0, other)) and one != other
     tables = tables_of(10)
     compute(tables, admitted(tables, one + (9,)))
-    assert tables.find(one + (9,)) and not tables.find(other + (9,))
-    assert len(tables.find(one + one + (9,))) == 1
+    assert find(tables, one + (9,)) and not find(tables, other + (9,))
+    assert len(find(tables, one + one + (9,))) == 1
 
 
 def test_a_page_behind_a_forgotten_one_is_not_found_under_a_new_text_in_its_place():
@@ -212,11 +216,11 @@ def test_a_page_behind_a_forgotten_one_is_not_found_under_a_new_text_in_its_plac
     first = admitted(tables, range(12))
     compute(tables, first)
     tables.forget(pages_of(tables, first)[0])
-    assert not tables.find(list(range(13)))
+    assert not find(tables, list(range(13)))
     tables.release(first)
     again = admitted(tables, [7] * 4)  # reuses a page, and its number is a new one
     compute(tables, again)
-    assert len(tables.find([7] * 4 + list(range(4, 12)))) == 1
+    assert len(find(tables, [7] * 4 + list(range(4, 12)))) == 1
     check_tables(tables, [first, again])
 
 
@@ -226,15 +230,47 @@ def test_a_windowed_group_needs_only_the_pages_that_the_next_token_sees():
     first = admitted(tables, text)
     compute(tables, first, 16)
     compute(tables, first, 8)
-    windowed = [prefix.pages[0] for prefix in tables.find(text + [99])]
+    windowed = [prefix.pages[0] for prefix in find(tables, text + [99])]
     for page in windowed[:4]:
         tables.forget(page)  # as when others have taken them
     second = admitted(tables, text + [99])
     assert second.num_computed == 24 and second.row.first == [5, 0]
     tables.forget(windowed[5])
-    assert len(tables.find(text + [99])) == 5  # a shorter beginning, which ends with a page that is still there
+    assert len(find(tables, text + [99])) == 5  # a shorter beginning, which ends with a page that is still there
     tables.forget(windowed[4])
-    assert not tables.find(text + [99])
+    assert not find(tables, text + [99])
+    check_tables(tables, [first, second])
+
+
+@pytest.mark.parametrize("windows", [(6,), (6, 9), (1,)])
+def test_the_end_of_a_windowed_text_is_found_when_its_beginning_is_not_kept(windows):
+    """In pages far fewer than those of the text; what is known of it takes no more room than they do."""
+    num_pages = 6 * len(windows)
+    tables, text = tables_of(num_pages, windows), list(range(1000))
+    first = admitted(tables, text)
+    while first.num_computed < 1000:
+        compute(tables, first, 1)
+        assert len(tables.prefixes) <= num_pages
+    tables.release(first)
+    assert not find(tables, text[:9])
+    for end, found in ((1000, 996), (999, 996), (996, 992), (500, 0)):
+        second = admitted(tables, text[:end])
+        assert second.num_computed == found
+        check_tables(tables, [second])
+        tables.release(second)
+    assert not find(tables, [5] + text[1:])  # the same pages of tokens behind another beginning
+    assert not find(tables, text[4:])
+
+
+def test_a_text_of_a_global_group_is_found_again_once_its_beginning_is_computed_again():
+    tables, text = tables_of(9), list(range(16))
+    first = admitted(tables, text)
+    compute(tables, first)
+    tables.forget(pages_of(tables, first)[0])
+    assert not find(tables, text)
+    second = admitted(tables, text[:5])
+    compute(tables, second)
+    assert len(find(tables, text + [99])) == 4
     check_tables(tables, [first, second])
 
 
@@ -243,7 +279,7 @@ def test_a_preempted_sequence_finds_its_own_pages_and_the_end_of_a_text_leaves_f
     first = admitted(tables, range(14))
     compute(tables, first)
     tables.release(first)
-    assert first.num_computed == 0 and len(tables.find(first.tokens)) == 3
+    assert first.num_computed == 0 and len(find(tables, first.tokens)) == 3
     other = admitted(tables, [70 + i for i in range(10)])
     compute(tables, other)  # the unused page, that with two tokens, and the last of the full ones
     assert not tables.admit(first)  # there are two pages left, and it needs four

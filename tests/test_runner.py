@@ -4,10 +4,11 @@ import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_engine import PAGE, POSITIONS, VARIANTS, check_engine, finish_all, make, prompts, recompute
-from util import gpu
+from util import DEVICE, gpu
 
 from engine import Engine, Request
 from runner import Graph, Shape, StepInputs, bucket, layout, page_bytes
@@ -70,6 +71,14 @@ def test_padding_rows_change_nothing(variant, overlap):
     decoding = [shape for shape in shapes if shape.max_query_len == 1]
     assert {shape.num_seqs for shape in decoding} == {shape.num_tokens for shape in decoding} >= {1, 2, 4, 8}
     assert {shape.max_seq_len for shape in shapes} == {256}
+
+
+def test_shapes_are_few_however_long_the_text():
+    """Each is captured as a graph of its own."""
+    runner = Engine(make(**VARIANTS["hybrid"], **POSITIONS["rope"]), 300, PAGE).runner
+    runner.pads = True
+    shapes = {runner.shape_of(np.array([1, 1]), longest) for longest in range(1, 5000)}
+    assert {shape.max_seq_len for shape in shapes} == {256, 512, 1024, 2048, 4096, 8192} and len(shapes) == 6
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -157,6 +166,19 @@ def test_compiled_blocks_write_the_same_text_and_are_compiled_once(monkeypatch):
     for _ in range(2):
         assert texts_of(Engine(compiled, 300, PAGE, 30, compile=True), asked) == want
     assert len(compilations) <= 7  # two halves of 6 Blocks, and drawing, for one token and for many
+
+
+@pytest.mark.parametrize("head_dim, most", [(16, 128), (136, 64)])
+def test_auto_leaves_a_model_with_too_many_query_heads_a_kv_head_to_sdpa(head_dim, most, monkeypatch):
+    """Else its first step would fail."""
+    monkeypatch.setattr("runner.triton_takes", lambda device, head_dim: True)  # as on a GPU
+    for n_head, triton in ((most, True), (most + 1, False)):
+        model = make(attention="mqa", n_head=n_head, head_dim=head_dim, n_layer=1, **POSITIONS["rope"]).to(DEVICE)
+        engine = Engine(model, 4, 16)
+        assert engine.runner.pads == triton
+        sequence = engine.add(Request([1, 2], 2))
+        engine.step()
+        assert len(sequence.generated) == 1
 
 
 def test_an_unknown_attention_is_refused():

@@ -97,6 +97,15 @@ def test_several_samples_come_whole_and_each_can_be_had_again_alone(run, tmp_pat
     assert len(out) == sum(map(len, texts)) + 4 * len("--- prompt 1, sample 1 (length) ---\n")
 
 
+def test_the_mark_at_the_beginning_of_a_prompts_file_is_no_text(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    texts = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_text("abc\nha\n", encoding=encoding)
+        texts.append(run("chars", f"--prompts_file={file}", "--max_new_tokens=5").out)
+    assert texts[0] == texts[1]
+
+
 def test_a_stop_text_ends_a_sample_and_is_left_out(run):
     whole = greedy(CHARS, CHARS.encode("abcab"), 30)
     stop = whole[10:13]

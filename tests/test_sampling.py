@@ -157,6 +157,11 @@ def test_the_hashes_are_those_of_splitmix64():
     assert uniform(states, indices).tolist() == [(output >> 41) / 2**23 for output in outputs]
 
 
+def test_a_seed_of_numpy_gives_the_numbers_of_its_value():
+    for seed in (3, -3):
+        assert (states_of([np.int64(seed), np.int8(seed)]) == states_of([seed, seed])).all()
+
+
 def numbers_of(seeds, indices):
     """(number of seeds, number of indices)"""
     indices = np.array(indices, dtype=np.uint64)
