@@ -176,7 +176,8 @@ class Engine:
             if not whole([getattr(request, key)]):
                 raise ValueError(f"{key} takes a whole number, got {getattr(request, key)!r}")
         for key in ("temperature", "top_p", "min_p"):
-            if not isinstance(getattr(request, key), Real):
+            real = isinstance(getattr(request, key), Real)
+            if not real:
                 raise ValueError(f"{key} takes a number, got {getattr(request, key)!r}")
         for key, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
             if not getattr(request, key) >= least:  # NaN is not
