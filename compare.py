@@ -15,9 +15,9 @@ variants that have several. Without a second seed of any variant nothing is know
 The standard error beside a final loss is over the sequences of the evaluation set. All runs share these, so it is no
 band for differences.
 
-Losses and speeds are compared only between runs on the same data, to the end, with the same evaluation set; --force
-shows others, too, and says what is wrong with them. A time is tokens by the run's median speed: compiling, which takes
-longer in the first of several runs, and evaluations are not in it.
+Losses and speeds are compared only between runs of as many steps, on the same data, to the end, with the same
+evaluation set; --force shows others, too, and says what is wrong with them. A time is tokens by the run's median speed:
+compiling, which takes longer in the first of several runs, and evaluations are not in it.
 """
 
 import itertools
@@ -30,9 +30,8 @@ from operator import truediv
 from pathlib import Path
 from typing import Annotated
 
-from benchmarks import markdown
-from benchmarks.plots import pyplot
-from benchmarks.runs import by_variant, distinct, lacking, load, objections, read_json, value_at
+from benchmarks import markdown, plots
+from benchmarks.runs import by_variant, distinct, is_a, lacking, load, objections, read_json, value_at
 from config import UserError, parse, run
 
 
@@ -49,6 +48,8 @@ class CompareConfig:
     def __post_init__(self):
         if not 0 <= self.target_loss < math.inf:
             raise ValueError(f"target_loss takes a number of 0 or more, got {self.target_loss}")
+        if not self.out:
+            raise ValueError("out takes a name, got none")
 
 
 def main(argv):
@@ -86,15 +87,16 @@ def compare(variants, target_loss, decode):
     target_loss = target_loss or max(min(found.column("val/loss")) for found in runs)
     rows = [row_of(label, group, target_loss, decode) for label, group in variants.items()]
     first = runs[0].facts
+    versions = [found.facts["versions"] for found in runs]
     return {
         "rows": rows,
         "target_loss": target_loss,
         "verdicts": verdicts(rows),
         "devices": sorted({found.facts["device"] for found in runs}),
         "dtypes": sorted({found.facts["dtype"] for found in runs}),
-        "versions": first.get("versions", {}),
-        "git_commits": sorted({found.facts.get("git_commit", "") for found in runs}),
-        "decode": {key: decode[key] for key in ("shape", "tokens", "device")} if decode else None,
+        "versions": [each for i, each in enumerate(versions) if each not in versions[:i]],
+        "git_commits": sorted({found.facts["git_commit"] for found in runs}),
+        "decode": {key: value for key, value in decode.items() if key != "rows"} if decode else None,
         "data": first["data"].get("source"),
         "tokens": sorted({found.rows[-1]["tokens"] for found in runs}),
         "eval_tokens": min(first["train"]["eval_tokens"], value_at(first, "data.splits.val.tokens") or math.inf),
@@ -132,11 +134,16 @@ def row_of(label, group, target_loss, decode):
 
 # What is taken from the file of bench.py variants, and from each of its rows.
 DECODE = {
-    **dict.fromkeys(("shape.n_layer", "shape.n_embd", "shape.n_head", "shape.max_seq_len", "tokens"), int),
-    "device": str,
-    "rows": list,
+    **dict.fromkeys(("shape.n_layer", "shape.n_embd", "shape.n_head", "shape.max_seq_len", "tokens"), is_a(int, above=0)),
+    **dict.fromkeys(("device", "dtype", "git_commit"), is_a(str)),
+    "versions": is_a(dict),
+    "rows": is_a(list),
 }
-DECODE_ROW = {"attention": str, "n_kv_head": int, "window": int, "window_pattern": str, "decode_tokens_per_s": dict}
+DECODE_ROW = {
+    **dict.fromkeys(("attention", "window_pattern"), is_a(str)),
+    **dict.fromkeys(("n_kv_head", "window"), is_a(int)),
+    "decode_tokens_per_s": is_a(dict),
+}
 
 
 def read_decode(path, required):
@@ -205,14 +212,14 @@ def seed_noise(group):
     """(variance of the validation loss between the seeds of a variant, its degrees of freedom, 0 for a single seed).
 
     The final losses of two seeds say next to nothing about noise: one degree of freedom. Late in training the noise
-    hardly changes, so the mean over all evaluations of the last half says more. But they resemble one another: two of
-    them count as one, and all of them as three.
+    hardly changes, so the mean over all evaluations of the last half says more. But they resemble one another (in 24
+    runs of a tiny model each is correlated with the last by 0.88 or more), so all of them count as two draws at most.
     """
     losses = common_losses(group)
     late = [losses[step] for step in losses if 2 * step > max(losses)]
     if len(group) == 1 or not late:
         return 0.0, 0
-    return statistics.fmean(map(statistics.variance, late)), (len(group) - 1) * min(3, max(1, len(late) // 2))
+    return statistics.fmean(map(statistics.variance, late)), (len(group) - 1) * min(2, max(1, len(late) // 2))
 
 
 # Student's t: 95% of draws lie within so many standard errors, by degrees of freedom; 2.2 or less above.
@@ -232,7 +239,8 @@ def verdicts(rows):
         lines.append(
             f"Noise: over the evaluations of the last half, {names} differ by a standard deviation of {deviation:.4f}. "
             f"A difference of final losses counts if it lies outside the 95% band (Student's t, {freedom} "
-            f"degree{'s' if freedom > 1 else ''} of freedom)."
+            f"degree{'s' if freedom > 1 else ''} of freedom), which is for one comparison: among four equal variants one in "
+            "about ten tables shows a difference."
         )
     elif others:
         lines.append("Noise: unknown, so no difference counts; train a variant again with another --seed.")
@@ -249,21 +257,30 @@ def verdicts(rows):
 
 # Showing it.
 
+
 def section(results, pad=False):
     """What is printed, and stands in the README: the table, its verdicts, and what they were measured on."""
-    there = [name for name in ("torch", "triton") if name in results["versions"]]
-    versions = ", ".join(f"{name} {results['versions'][name]}" for name in there)
-    tokens = " to ".join(count(n) for n in sorted({results["tokens"][0], results["tokens"][-1]}))
-    commits = ", ".join(commit[:10] + commit[40:] for commit in results["git_commits"] if commit) or "unknown"
-    on = f"Measured on {', '.join(results['devices'])}, {', '.join(results['dtypes'])}, {versions}, commit {commits}; "
-    on += f"{tokens} tokens of {results['data']} a run, loss on {count(results['eval_tokens'])} others; `{results['command']}`"
+    trained = " to ".join(count(n) for n in sorted({results["tokens"][0], results["tokens"][-1]}))
+    on = f"Measured on {measured_on(*(results[key] for key in ('devices', 'dtypes', 'versions', 'git_commits')))}; "
+    on += f"{trained} tokens of {results['data']} a run, loss on {count(results['eval_tokens'])} others; "
+    on += f"times are tokens at median speed, without compiling and evaluations; `{results['command']}`"
     lines = [*table(results, pad), ""] + [f"- {line}" for line in results["verdicts"]]
     if any(row["decode_tokens_per_s"] for row in results["rows"]):
-        shape, tokens, device = (results["decode"][key] for key in ("shape", "tokens", "device"))
-        model = f"{shape['n_layer']} layers of {shape['n_embd']:,} channels, sequences of {tokens:,} tokens"
-        lines.append(f"- Decoding speeds are those of `python bench.py variants` on {device}: {model}.")
+        decode = results["decode"]
+        where = measured_on(*([decode[key]] for key in ("device", "dtype", "versions", "git_commit")))
+        model = f"{decode['shape']['n_layer']} layers of {decode['shape']['n_embd']:,} channels"
+        lines.append(
+            f"- Decoding speeds are those of `python bench.py variants` on {where}: {model}, sequences of {decode['tokens']:,} tokens."
+        )
     lines += [f"- Note: {note}." for note in results["notes"]]
     return "\n".join([*lines, "", on])
+
+
+def measured_on(devices, dtypes, versions, commits):
+    """In words; all of them where runs differ."""
+    software = (", ".join(f"{name} {each[name]}" for name in ("torch", "triton") if name in each) for each in versions)
+    known = ", ".join(commit[:10] + commit[40:] for commit in commits if commit)
+    return ", ".join([*devices, *dtypes, *filter(None, dict.fromkeys(software)), f"commit {known or 'unknown'}"])
 
 
 def table(results, pad):
@@ -282,10 +299,10 @@ def table(results, pad):
         "tokens/s": cells(rows, "tokens_per_s", "{:,.0f}"),
         "MFU": cells(rows, "mfu", "{:.1%}"),
         "peak memory": cells(rows, "peak_mem_gib", "{:.1f} GiB"),
-        "MFLOP/token": [f"{row['flops_per_token'] / 1e6:,.0f}" for row in rows],
+        "FLOPs/token": [count(row["flops_per_token"]) for row in rows],
         "KV bytes/token": cells(rows, "kv_bytes_per_token", "{:,.0f}"),
         "KV bytes/token at full context": cells(rows, "kv_bytes_needed", "{:,.0f}"),
-        f"training time to {results['target_loss']:.4g}": cells(rows, "target_time_s", "{:,.0f} s"),
+        f"training time to {results['target_loss']:.4g}": [seconds(row["target_time_s"]) for row in rows],
         f"tokens to {results['target_loss']:.4g}": [count(row["target_tokens"]) for row in rows],
         f"decode tokens/s, batch {batch}": [
             f"{row['decode_tokens_per_s'][batch]:,.0f}" if batch in row["decode_tokens_per_s"] else "" for row in rows
@@ -314,6 +331,12 @@ def count(number):
     return f"{number / unit:.1f}{word}" if word else f"{number:.0f}"
 
 
+def seconds(number):
+    if number is None:
+        return ""
+    return f"{number:.3g} s" if number < 999.5 else f"{number:,.0f} s"
+
+
 def write(out, results, runs):
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -333,34 +356,36 @@ def write(out, results, runs):
 
 def plot(variants, results, path):
     """The curves, as PNG and as SVG. The same results give the same files."""
-    plt = pyplot()
+    plt = plots.pyplot()
     plt.rcParams.update({"svg.hashsalt": "compare.py", "axes.grid": True, "grid.alpha": 0.3})
     figure, ((tokens, time), (cache, decode)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for axis in (tokens, time, cache):
-        axis.axvline(0, color="grey")
+    speeds = {}
     early = []  # losses after a third of the run: what is higher would flatten all that counts
     for i, ((label, group), row) in enumerate(zip(variants.items(), results["rows"], strict=True)):
         colour = f"C{i}"
         losses = common_losses(group)
         means = [statistics.fmean(each) for each in losses.values()]
         early += means[len(means) // 3 : -1][:1]
-        per_step = group[0].rows[-1]["tokens"] / group[0].rows[-1]["step"]
+        per_step = group[0].rows[-1]["tokens"] / max(1, group[0].rows[-1]["step"])  # it may hold nothing but step 0
         for axis, per_unit in ((tokens, per_step / 1e6), (time, per_step / row["tokens_per_s"] / 60)):
             xs = [step * per_unit for step in losses]
             axis.plot(xs, means, label=label, color=colour, marker=".")
             axis.fill_between(xs, *([middle(each) for each in losses.values()] for middle in (min, max)), color=colour, alpha=0.2)
         finals = [found.last_evaluation()["val/loss"] for found in group]
         cache.plot([row["kv_bytes_needed"]] * len(finals), finals, label=label, color=colour, marker="o")
-        speeds = sorted((int(batch), speed) for batch, speed in row["decode_tokens_per_s"].items())
-        if speeds:
-            decode.plot(*zip(*speeds, strict=True), label=label, color=colour, marker=".")
+        speeds[label] = sorted((int(batch), speed) for batch, speed in row["decode_tokens_per_s"].items())
     for axis, unit in ((tokens, "million tokens"), (time, "minutes of training")):
         axis.set(xlabel=unit, ylabel="validation loss", ylim=(None, max(early, default=None)))
         axis.legend()
     cache.set(xlabel="KV bytes/token at full context", ylabel="final validation loss")
     cache.legend()
-    decode.set(xlabel="sequences at once", ylabel="decoded tokens/s", xscale="log", yscale="log")
-    decode.legend() if decode.lines else decode.set_axis_off()
+    for axis in (tokens, time, cache):
+        axis.set_xlim(left=0)
+    if any(speeds.values()):
+        plots.lines(decode, speeds, "sequences at once", "decoded tokens/s")
+        decode.legend()
+    else:
+        decode.set_axis_off()
     figure.savefig(path.with_suffix(".png"), dpi=120)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)

@@ -40,13 +40,36 @@ class Run:
         return statistics.median(self.column("tokens_per_s"))
 
 
+def is_a(kind, above=None):
+    """A check of one value: its type, and whether it is larger. A text above "" is one that is not empty."""
+    return lambda value: isinstance(value, kind) and (above is None or value > above)
+
+
+def are_shards(value):
+    return isinstance(value, list) and not any(lacking(shard, {"tokens": is_a(int), "sha256": is_a(str)}) for shard in value)
+
+
+def lacking(facts, needed):
+    """The keys of {key: check} that the facts do not have, or with a value that will not do."""
+    return [key for key, check in needed.items() if not check(value_at(facts, key))]
+
+
+def value_at(facts, key):
+    for part in key.split("."):
+        facts = facts.get(part) if isinstance(facts, dict) else None
+    return facts
+
+
 # What compare.py looks at in config.json.
 NEEDED = {
-    **dict.fromkeys(("run_id", "variant", "device", "dtype", "train.out_dir", "model.attention", "model.window_pattern"), str),
-    **dict.fromkeys(("params", "flops_per_token", "kv_bytes_per_token"), int | float),
-    **dict.fromkeys(("train.seed", "train.max_steps", "train.eval_tokens"), int),
-    **dict.fromkeys(("model.n_layer", "model.n_head", "model.n_kv_head", "model.window", "model.max_seq_len"), int),
-    "data": dict,
+    **dict.fromkeys(("run_id", "variant", "model.window_pattern"), is_a(str, above="")),
+    **dict.fromkeys(("device", "dtype", "git_commit", "train.out_dir", "model.attention"), is_a(str)),
+    **dict.fromkeys(("params", "flops_per_token", "kv_bytes_per_token"), is_a(int | float)),
+    **dict.fromkeys(("processes", "model.n_layer", "model.n_head", "model.max_seq_len"), is_a(int, above=0)),
+    **dict.fromkeys(("train.seed", "train.max_steps", "train.eval_tokens", "model.n_kv_head", "model.window"), is_a(int)),
+    **dict.fromkeys(("data", "versions"), is_a(dict)),
+    **dict.fromkeys(("data.splits.train.shards", "data.splits.val.shards"), lambda value: value is None or are_shards(value)),
+    "data.splits.val.tokens": is_a(int | None),
 }
 
 
@@ -54,35 +77,25 @@ def load(path):
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{path} is no folder; compare.py takes the out_dir of runs")
-    if (folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file():
+    absent = [name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file()]
+    if not absent:
         facts, rows = read_json(folder / "config.json"), read_rows(folder / "metrics.jsonl")
     elif mirrors := {file.resolve() for pattern in ("*.wandb", "*/*.wandb") for file in folder.glob(pattern)}:
         if len(mirrors) > 1:
             raise UserError(f"{path} holds {len(mirrors)} runs of wandb's; give its offline-run-* folders one by one")
         facts, rows = read_wandb(mirrors.pop().parent)
     else:
-        raise UserError(f"{path} is no run: it holds neither config.json and metrics.jsonl nor a file of wandb's")
+        raise UserError(f"{path} is no run: it lacks {' and '.join(absent)}; give a run's out_dir or its wandb/offline-run-* folder")
     if missing := lacking(facts, NEEDED):
-        raise UserError(f"the settings in {path} lack {', '.join(missing)}: another program or version wrote them")
+        raise UserError(f"the settings in {path} have no valid {', '.join(missing)}: another program or version wrote them")
     if not all(is_row(row) for row in rows):
         raise UserError(f"a row of {path} is not numbers by name, step, tokens and time_s among them")
     found = Run(str(path), facts, rows)
     if not found.column("val/loss"):
         raise UserError(f"{path} has no validation loss yet; train until its first evaluation or leave it out")
-    if not found.column("tokens_per_s"):
-        raise UserError(f"{path} has no tokens_per_s; leave it out")
+    if not (found.column("tokens_per_s") and found.speed > 0):
+        raise UserError(f"{path} has no tokens_per_s above 0; leave it out")
     return found
-
-
-def lacking(facts, needed):
-    """The keys of {key: type} that the facts do not have."""
-    return [key for key, kind in needed.items() if not isinstance(value_at(facts, key), kind)]
-
-
-def value_at(facts, key):
-    for part in key.split("."):
-        facts = facts.get(part) if isinstance(facts, dict) else None
-    return facts
 
 
 def read_json(path):
@@ -135,18 +148,22 @@ def numbers(item):
 
 
 def distinct(runs):
-    """(runs, notes): a run that was given twice, perhaps once as wandb's folder, counts once."""
+    """(runs, notes): a run that was given twice, perhaps once as wandb's folder or as a copy that went on, counts once."""
     kept, notes = {}, []
     for found in runs:
         twin = kept.setdefault(found.facts["run_id"], found)
         if twin is not found:
-            notes.append(f"{found.path} is the same run as {twin.path} and counts once")
+            shorter, longer = sorted((found, twin), key=lambda each: each.rows[-1]["step"])
+            kept[found.facts["run_id"]] = longer
+            steps = [each.rows[-1]["step"] for each in (longer, shorter)]
+            why = f": the longer one, of {steps[0]} steps against {steps[1]}" if steps[0] > steps[1] else ""
+            notes.append(f"{shorter.path} is the same run as {longer.path} and counts once{why}")
     return list(kept.values()), notes
 
 
 def objections(runs):
     """Lines that say what makes a comparison of these runs unfair."""
-    return [*cut_short(runs), *data_differences(runs), *same_seeds(runs)]
+    return [*cut_short(runs), *other_lengths(runs), *data_differences(runs), *same_seeds(runs)]
 
 
 def cut_short(runs):
@@ -156,6 +173,15 @@ def cut_short(runs):
             yield f"{found.path} is cut short: its last evaluation is of step {last['step']}, its end would be {end}"
         elif not math.isfinite(last["val/loss"]):
             yield f"{found.path} ends with the validation loss {last['val/loss']}"
+
+
+def other_lengths(runs):
+    """A longer run ends lower, whatever its attention."""
+    first, *others = runs
+    for found in others:
+        here, there = (max(each.last_evaluation()["step"], each.facts["train"]["max_steps"]) for each in (found, first))
+        if here != there:
+            yield f"{found.path} takes {here} steps, {first.path} {there}"
 
 
 def data_differences(runs):
@@ -174,7 +200,7 @@ def data_of(facts):
         shards = value_at(facts, f"data.splits.{split}.shards") or []
         tokens = sum(shard["tokens"] for shard in shards)
         digests = "".join(shard["sha256"][:8] for shard in shards)
-        found[words] = f"{tokens:,} tokens of {facts['data'].get('source')} ({digests or 'unknown'})"
+        found[words] = f"{tokens:,} tokens ({digests or facts['data'].get('source')})"
     return found
 
 
@@ -197,8 +223,11 @@ NO_PART_OF_LABEL |= {"log_interval", "eval_interval", "save_interval", "keep_che
 
 
 def by_variant(runs):
-    """{label: runs that differ in the seed alone}. A setting that differs besides attention becomes part of the label."""
-    settings = [{**found.facts["model"], **found.facts["train"], "dtype": found.facts["dtype"]} for found in runs]
+    """{label: runs that differ in the seed alone}. What differs besides attention becomes part of the label."""
+    besides = ("dtype", "processes")  # more processes are faster
+    settings = [
+        {**found.facts["model"], **found.facts["train"], **{key: found.facts[key] for key in besides}} for found in runs
+    ]
     keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key not in ATTENTION | NO_PART_OF_LABEL]
     differing = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
     groups = {}
