@@ -12,7 +12,7 @@ import torch
 import runlog
 from config import UserError
 from model import GPT, ModelConfig
-from runlog import RunLog, experiment, git_commit, open_metrics, run_id, samples_until, variant
+from runlog import RunLog, WandbMirror, experiment, git_commit, open_metrics, run_id, samples_until, variant
 from train import TrainConfig
 
 
@@ -158,3 +158,12 @@ def test_a_resumed_offline_run_is_one_whole_run(tmp_path):
     assert seen["summary"]["peak_mem_gib"] == {"max": max(row["peak_mem_gib"] for row in kept.values())}
     (table,) = (folder / "files" / "media" / "table").glob(f"samples_{8}_*.json")
     assert json.loads(table.read_text())["data"] == [[4, 4 * 2 * 32, "text 4"], [8, 8 * 2 * 32, "text 8"]]
+
+
+def test_a_resumed_online_run_sends_what_the_server_lacks(tmp_path, monkeypatch):
+    sent = []
+    server = SimpleNamespace(step=7, define_metric=lambda *names, **keys: None, log=lambda row, step: sent.append((row, step)))
+    monkeypatch.setattr(runlog, "start_wandb", lambda config, facts: server)
+    rows = [{"step": step, "tokens": 64 * step} for step in range(1, 11)]
+    WandbMirror(TrainConfig(out_dir=str(tmp_path)), {"model": {"max_seq_len": 8}}, rows, [])
+    assert sent == [(row, row["step"]) for row in rows[6:]]
