@@ -270,7 +270,8 @@ def section(results, pad=False):
         where = measured_on(*([decode[key]] for key in ("device", "dtype", "versions", "git_commit")))
         model = f"{decode['shape']['n_layer']} layers of {decode['shape']['n_embd']:,} channels"
         lines.append(
-            f"- Decoding speeds are those of `python bench.py variants` on {where}: {model}, sequences of {decode['tokens']:,} tokens."
+            f"- Decoding speeds are those of `python bench.py variants` on {where}: "
+            f"{model}, sequences of {decode['tokens']:,} tokens."
         )
     lines += [f"- Note: {note}." for note in results["notes"]]
     return "\n".join([*lines, "", on])

@@ -85,7 +85,8 @@ def load(path):
             raise UserError(f"{path} holds {len(mirrors)} runs of wandb's; give its offline-run-* folders one by one")
         facts, rows = read_wandb(mirrors.pop().parent)
     else:
-        raise UserError(f"{path} is no run: it lacks {' and '.join(absent)}; give a run's out_dir or its wandb/offline-run-* folder")
+        there = "give a run's out_dir or its wandb/offline-run-* folder"
+        raise UserError(f"{path} is no run: it lacks {' and '.join(absent)}; {there}")
     if missing := lacking(facts, NEEDED):
         raise UserError(f"the settings in {path} have no valid {', '.join(missing)}: another program or version wrote them")
     if not all(is_row(row) for row in rows):

@@ -436,7 +436,9 @@ def test_of_a_copy_that_went_on_the_longer_counts(tmp_path, run_compare):
         assert note == f"{short} is the same run as {long} and counts once: the longer one, of 40 steps against 20"
 
 
-@pytest.mark.parametrize("number, text", [(None, ""), (0.01234, "0.0123 s"), (999.4, "999 s"), (999.5, "1,000 s"), (12345.6, "12,346 s")])
+@pytest.mark.parametrize(
+    "number, text", [(None, ""), (0.01234, "0.0123 s"), (999.4, "999 s"), (999.5, "1,000 s"), (12345.6, "12,346 s")]
+)
 def test_times_have_few_digits(number, text):
     assert compare.seconds(number) == text
 
