@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from util import counted_compilations
 
 from kernels import reference
 from model import GPT, ModelConfig, dense_attention, mean_visible_keys, rope_angles, rotate
@@ -277,13 +277,7 @@ def test_losses_are_float32_whatever_the_weights_are():
 
 @pytest.mark.parametrize("keys, windows", [({}, 1), ({"attention": "swa", "window": 5, "window_pattern": "LLLG", **MODERN}, 2)])
 def test_compiled_blocks_give_the_same_gradients_and_share_a_compilation(keys, windows, monkeypatch):
-    compilations = []
-
-    def backend(graph, inputs):
-        compilations.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    compilations = counted_compilations(monkeypatch)
     eager, compiled = make(n_layer=8, **keys), make(n_layer=8, **keys)
     compiled.compile_for_training()
     x, y = tokens(2, 32), tokens(2, 32, seed=1)

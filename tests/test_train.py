@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from util import environment, gpu, metrics, repository, script
+from util import counted_compilations, environment, gpu, metrics, repository, script
 
 import train
 from config import UserError
@@ -89,13 +88,7 @@ def test_two_processes_equal_one_with_twice_the_micro_batches(corpus, tmp_path):
 
 
 def test_training_and_evaluation_are_compiled_and_samples_are_not(corpus, tmp_path, monkeypatch):
-    compilations = []
-
-    def backend(graph, inputs):
-        compilations.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    compilations = counted_compilations(monkeypatch)
     monkeypatch.setattr(train, "catch_signals", list)
     more = ["--max_steps=4", "--eval_interval=2", "--compile=on", "--n_layer=5", "--attention=swa", "--window_pattern=LLG"]
     train.main(command(corpus, tmp_path / "run", *more, "--eval_tokens=320")[1:])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,15 @@ def metrics(run_folder, key="train/loss"):
     """{step: value} of one key of metrics.jsonl."""
     rows = [json.loads(line) for line in Path(run_folder, "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row[key] for row in rows if key in row}
+
+
+def counted_compilations(monkeypatch):
+    """A list of all graphs that torch.compile is given from now on. They run as they are."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    return graphs
