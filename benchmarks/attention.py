@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import captured, median_ms, write_results
+from benchmarks.measure import captured, leave_out, median_ms, write_results
 from benchmarks.plots import NAMES, pyplot
 from kernels import reference
 
@@ -70,10 +70,8 @@ def time_attention(shape, config):
             try:
                 o = attend(q, k, v)
                 made = (o, *torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
-            except RuntimeError as error:  # a peer that this GPU or this build of torch does not have
-                if peer == "ours" or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                print(f"{peer} at {tuple(shape)}: left out ({str(error).splitlines()[0]})", flush=True)
+            except RuntimeError as error:  # how torch says that a backend cannot do this
+                leave_out(peer, error, ", ".join(map(str, shape)))
                 continue
             validate(peer, shape, made, q, k, v, do)
             calls[peer, "forward"] = captured(lambda attend=attend: without_grad(attend, q, k, v), CALLS)
@@ -183,6 +181,7 @@ def plot_attention(rows, path):
         axis.set_xticks([shape.T for shape in shapes], [shape.T for shape in shapes])
         axis.minorticks_off()
         axis.legend()
-    axes[0].set_ylim(0), axes[1].set_ylim(0)
+    for axis in axes[:2]:
+        axis.set_ylim(0)
     axes[2].set_yscale("log")  # linear in T is a straight line here as well
     figure.savefig(path, dpi=120)

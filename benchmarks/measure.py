@@ -63,6 +63,13 @@ def frozen_objects():
         gc.unfreeze()  # a compiled model refers to itself: only a collection ever gives its memory back
 
 
+def leave_out(peer, error, where):
+    """Name a peer that cannot take part, on this GPU or with this build of torch. Any other error is raised again."""
+    if peer == "ours" or isinstance(error, torch.OutOfMemoryError):
+        raise error
+    print(f"{where}, {peer}: left out ({str(error).splitlines()[0]})", flush=True)
+
+
 def forget_compiled():
     """To be called when a model is deleted: gives back what was compiled for it, and with that the model itself."""
     torch._dynamo.reset()

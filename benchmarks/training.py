@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import forget_compiled, median_ms, write_results
+from benchmarks.measure import forget_compiled, leave_out, median_ms, write_results
 from device import peak_flops
 from kernels import sdpa
 from model import GPT, ModelConfig, dense_attention
@@ -27,9 +27,7 @@ def bench_train(config):
             try:
                 losses[peer] = [step().item() for _ in range(3)]
             except RuntimeError as error:  # how torch says that a backend cannot do this shape
-                if peer == "ours" or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                print(f"{attention}, {peer}: left out ({str(error).splitlines()[0]})", flush=True)
+                leave_out(peer, error, attention)
             else:
                 steps[peer] = step
         validate(attention, losses)

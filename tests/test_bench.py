@@ -10,7 +10,7 @@ from util import repository, script
 from benchmarks import engine
 from benchmarks.attention import Shape, attention_flops
 from benchmarks.markdown import marked
-from benchmarks.measure import frozen_objects
+from benchmarks.measure import frozen_objects, leave_out
 from benchmarks.tables import section
 from kernels.reference import visible
 
@@ -76,3 +76,11 @@ def test_frozen_objects_are_collected_afterwards():
         assert gc.get_freeze_count() > before
         raise RuntimeError
     assert gc.get_freeze_count() == 0
+
+
+def test_a_peer_that_cannot_take_part_is_named_and_other_errors_are_not_hidden(capsys):
+    leave_out("cudnn", RuntimeError("No kernel\nmore"), "mha")
+    assert capsys.readouterr().out == "mha, cudnn: left out (No kernel)\n"
+    for peer, error in (("ours", RuntimeError("wrong")), ("cudnn", torch.OutOfMemoryError("full"))):
+        with pytest.raises(type(error)):
+            leave_out(peer, error, "mha")
