@@ -211,9 +211,11 @@ def common_losses(group):
 def seed_noise(group):
     """(variance of the validation loss between the seeds of a variant, its degrees of freedom, 0 for a single seed).
 
-    The final losses of two seeds say next to nothing about noise: one degree of freedom. Late in training the noise
-    hardly changes, so the mean over all evaluations of the last half says more. But they resemble one another (in 24
-    runs of a tiny model each is correlated with the last by 0.88 or more), so all of them count as two draws at most.
+    The final losses of two seeds say next to nothing about noise: one degree of freedom. The noise does not grow late in
+    training, so the mean over all evaluations of the last half says more; where it still shrinks, the band is too wide.
+    But these evaluations resemble one another (in 24 runs of a tiny model each is correlated with the last by 0.88 or
+    more), so all of them count as two draws at most. Differences are not taken seed by seed: in those runs, two variants
+    with the same seed differed by as much, in the end, as with different seeds.
     """
     losses = common_losses(group)
     late = [losses[step] for step in losses if 2 * step > max(losses)]
