@@ -241,8 +241,8 @@ def verdicts(rows):
         lines.append(
             f"Noise: over the evaluations of the last half, {names} differ by a standard deviation of {deviation:.4f}. "
             f"A difference of final losses counts if it lies outside the 95% band (Student's t, {freedom} "
-            f"degree{'s' if freedom > 1 else ''} of freedom), which is for one comparison: among four equal variants one in "
-            "about ten tables shows a difference."
+            f"degree{'s' if freedom > 1 else ''} of freedom). The band is for one comparison: the more of them, the likelier that "
+            "one shows a difference where there is none."
         )
     elif others:
         lines.append("Noise: unknown, so no difference counts; train a variant again with another --seed.")
@@ -251,7 +251,7 @@ def verdicts(rows):
         line = f"{row['variant']} - {base['variant']}: {difference:+.4f}"
         if freedom:
             band = STUDENT_95.get(freedom, 2.2) * deviation * math.sqrt(1 / row["seeds"] + 1 / base["seeds"])
-            word = "no difference" if abs(difference) <= band else "higher" if difference > 0 else "lower"
+            word = "no difference beyond noise" if abs(difference) <= band else "higher" if difference > 0 else "lower"
             line += f", band ± {band:.4f}: {word}"
         lines.append(f"{line}.")
     return lines
@@ -270,10 +270,9 @@ def section(results, pad=False):
     if any(row["decode_tokens_per_s"] for row in results["rows"]):
         decode = results["decode"]
         where = measured_on(*([decode[key]] for key in ("device", "dtype", "versions", "git_commit")))
-        model = f"{decode['shape']['n_layer']} layers of {decode['shape']['n_embd']:,} channels"
         lines.append(
-            f"- Decoding speeds are those of `python bench.py variants` on {where}: "
-            f"{model}, sequences of {decode['tokens']:,} tokens."
+            f"- Decoding speeds are not of these runs but of the same attention in a model of {shape_text(decode['shape'])}, with "
+            f"sequences close to {decode['tokens']:,} tokens: `python bench.py variants` on {where}."
         )
     lines += [f"- Note: {note}." for note in results["notes"]]
     return "\n".join([*lines, "", on])
@@ -284,6 +283,10 @@ def measured_on(devices, dtypes, versions, commits):
     software = (", ".join(f"{name} {each[name]}" for name in ("torch", "triton") if name in each) for each in versions)
     known = ", ".join(commit[:10] + commit[40:] for commit in commits if commit)
     return ", ".join([*devices, *dtypes, *filter(None, dict.fromkeys(software)), f"commit {known or 'unknown'}"])
+
+
+def shape_text(shape):
+    return f"{shape['n_layer']} layers of {shape['n_embd']:,} channels and {shape['n_head']} heads"
 
 
 def table(results, pad):
@@ -307,7 +310,7 @@ def table(results, pad):
         "KV bytes/token at full context": cells(rows, "kv_bytes_needed", "{:,.0f}"),
         f"training time to {results['target_loss']:.4g}": [seconds(row["target_time_s"]) for row in rows],
         f"tokens to {results['target_loss']:.4g}": [count(row["target_tokens"]) for row in rows],
-        f"decode tokens/s, batch {batch}": [
+        f"decode tokens/s, batch {batch}, see below": [
             f"{row['decode_tokens_per_s'][batch]:,.0f}" if batch in row["decode_tokens_per_s"] else "" for row in rows
         ],
     }
@@ -386,6 +389,7 @@ def plot(variants, results, path):
         axis.set_xlim(left=0)
     if any(speeds.values()):
         plots.lines(decode, speeds, "sequences at once", "decoded tokens/s")
+        decode.set_title(shape_text(results["decode"]["shape"]), fontsize="medium")
         decode.legend()
     else:
         decode.set_axis_off()

@@ -22,6 +22,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from config import UserError
 from device import device_name, peak_flops, peak_memory_gib
 
@@ -265,9 +267,11 @@ def experiment(facts):
 
 def versions():
     found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "wandb", "tiktoken"):
+    for package in ("torch", "triton", "numpy", "wandb", "tiktoken", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    if torch.backends.cudnn.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 

@@ -139,21 +139,24 @@ def sdpa(backend):
 
 
 def flex(shape):
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = block_mask(shape.T, shape.window)
+        return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=shape.H != shape.H_kv).transpose(1, 2)
+
+    return attend
+
+
+@cache
+def block_mask(T, window):
+    """What FlexAttention needs to leave out hidden blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(b, h, q_pos, k_pos):
         distance = q_pos - k_pos
-        return (distance >= 0) & (distance < shape.window) if shape.window else distance >= 0
+        return (distance >= 0) & (distance < window) if window else distance >= 0
 
-    @cache
-    def block_mask():
-        return create_block_mask(seen, None, None, shape.T, shape.T)
-
-    def attend(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled_flex()(q, k, v, block_mask=block_mask(), enable_gqa=shape.H != shape.H_kv).transpose(1, 2)
-
-    return attend
+    return create_block_mask(seen, None, None, T, T)
 
 
 @cache

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import captured, median_ms, write_results
+from benchmarks.measure import captured, copying, median_ms, write_results
 from benchmarks.plots import pyplot
 from kernels import reference
 from kernels.paged_attention import paged_attention, write_pages
@@ -33,7 +33,6 @@ SHAPES = [
 WINDOWED = [Shape(64, 32, 8, T, 128, 64, 1024) for T in (2048, 4096, 8192, 16384, 32768, 65536, 131072)]
 BATCHES = [Shape(B, 32, 8, 1024, 128, 64, 0) for B in range(1, 257)]
 COLD_BYTES = 200 << 20  # four times an H100's L2 cache
-COPIED = 400 << 20  # bytes; at some other sizes a copy is a fifth slower, which would flatter us
 
 
 def bench_decode(config):
@@ -103,15 +102,13 @@ def time_decode(shape, peers, rounds):
             validate(peer, shape, attend(q, *caches[0], seq_lens), q, caches[0], lengths)
             calls[peer] = captured(lambda attend=attend: [attend(q, *cache, seq_lens) for cache in caches])
     moved = visible_bytes(shape, lengths)
-    source = torch.empty(COPIED, device="cuda", dtype=torch.int8)
-    target = torch.empty_like(source)
-    calls["copy"] = captured(lambda: target.copy_(source))
-    times = median_ms(calls, rounds)
-    copy = 2 * source.numel() / times.pop("copy") / 1e9  # TB/s
+    copy, copied = copying(q.device)
+    times = median_ms(calls | {"copy": captured(copy)}, rounds)
+    copy_rate = copied / times.pop("copy") / 1e9  # TB/s
     rows = []
     for peer, ms in times.items():
         rate = moved * len(caches) / ms / 1e9
-        figures = {"us": 1e3 * ms / len(caches), "tb_per_s": rate, "copy_tb_per_s": copy, "of_copy": rate / copy}
+        figures = {"us": 1e3 * ms / len(caches), "tb_per_s": rate, "copy_tb_per_s": copy_rate, "of_copy": rate / copy_rate}
         rows.append({**shape._asdict(), "peer": peer, "caches": len(caches), **figures})
     return rows
 

@@ -5,11 +5,14 @@ import json
 import random
 import statistics
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from device import device_name
 from runlog import git_commit, versions
+
+COPIED = 400 << 20  # bytes; at some other sizes a copy is a fifth slower, which would flatter whatever is compared with it
 
 
 def median_ms(calls, rounds, repeats=4):
@@ -49,6 +52,12 @@ def captured(call, repeats=1):
         graph.replay()
 
     return replay
+
+
+def copying(device):
+    """(call, bytes that it moves): a copy on the device, whose bandwidth others are compared with."""
+    source = torch.empty(COPIED, dtype=torch.int8, device=device)
+    return partial(torch.empty_like(source).copy_, source), 2 * COPIED
 
 
 @contextmanager

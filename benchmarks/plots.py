@@ -1,6 +1,6 @@
 """How measurements are drawn."""
 
-NAMES = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FlashAttention-2", "flex": "FlexAttention", "fa3": "FlashAttention-3"}
+NAMES = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FlashAttention-2 (torch's)", "flex": "FlexAttention", "fa3": "FlashAttention-3"}
 NAMES |= {"efficient": "memory-efficient", "transformers": "transformers"}
 
 

@@ -32,14 +32,16 @@ def section(folder):
 
 
 def attention(facts):
-    from benchmarks.attention import SHAPES, shape_of
+    from benchmarks.attention import SHAPES, SWEEP, shape_of
+
+    shapes = [*SHAPES, *SWEEP]
 
     def cell(shape, peer):
         row = next((row for row in facts["rows"] if shape_of(row) == shape and row["peer"] == peer), None)
         return f"{row['forward_ms']:.3f} / {row['backward_ms']:.3f}" if row else ""
 
-    columns = {"B, H, H_kv, T, D, window": [", ".join(map(str, shape)) for shape in SHAPES]}
-    return columns | {name: [cell(shape, peer) for shape in SHAPES] for peer, name in NAMES.items()}
+    columns = {"B, H, H_kv, T, D, window": [", ".join(map(str, shape)) for shape in shapes]}
+    return columns | {name: [cell(shape, peer) for shape in shapes] for peer, name in NAMES.items()}
 
 
 def train(facts):
@@ -70,6 +72,8 @@ def engine(facts):
     rows = facts["rows"]
     return {
         "load": [row["load"] for row in rows],
+        "prompts": [f"{row['prompt_tokens']:,} tokens" for row in rows],
+        "new": [f"{row['new_tokens']:,} tokens" for row in rows],
         "tokens/s": [f"{row['tokens_per_s']:,.0f}" for row in rows],
         "prefill": [f"{row['prefill_tokens_per_s']:,.0f}" for row in rows],
         "decoding": [f"{row['decode_tokens_per_s']:,.0f}" for row in rows],
@@ -105,8 +109,8 @@ def claims(facts):
 MAKERS = {
     "attention": ("attention", "Attention in training, ms forward / backward", attention),
     "train": ("train", "A training step of GPT-2 124M, tokens/s by who computes attention", train),
-    "decode": ("decode", "Decoding over pages, one token a sequence", decode),
-    "engine-cuda": ("engine", "Whole runs of the engine", engine),
+    "decode": ("decode", "Decoding over pages, one token for each of B sequences of T/2 to T tokens (alone: T)", decode),
+    "engine-cuda": ("engine", "Whole runs of the engine, compiled, with random weights", engine),
     "variants": ("variants", "What the attention type buys in decoding", variants),
     "claims": ("claims", "What introductions say of these methods", claims),
     "engine-cpu": ("engine", "GPT-2 124M decoding on a CPU, tokens/s", beside_transformers),

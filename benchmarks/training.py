@@ -1,10 +1,15 @@
-"""A training step of GPT-2 124M, compiled, with our attention kernels and with each of torch's, for each attention type."""
+"""A training step of GPT-2 124M, compiled, with our attention kernels and with each of torch's, for each attention type.
+
+FlexAttention takes part with windows alone: torch's other backends have none, so that they compute masked blocks.
+"""
 
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.attention import block_mask
 from benchmarks.measure import forget_compiled, leave_out, median_ms, write_results
 from device import peak_flops
 from kernels import sdpa
@@ -16,13 +21,15 @@ BACKENDS = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTI
 
 def bench_train(config):
     device = torch.device("cuda")
-    peers = [peer for peer in config.peers.split(",") if peer == "ours" or peer in BACKENDS]
+    peers = [peer for peer in config.peers.split(",") if peer in ("ours", "flex", *BACKENDS)]
     rows = []
     for attention in ("mha", "mqa", "gqa", "swa"):
         shape = ModelConfig(vocab_size=50304, max_seq_len=T, bias=False, attention=attention)
         tokens = torch.randint(shape.vocab_size, (MICRO_BATCH, T + 1), device=device)
         steps, losses = {}, {}
         for peer in peers:
+            if peer == "flex" and attention != "swa":
+                continue
             step = make_step(shape, peer, tokens)
             try:
                 losses[peer] = [step().item() for _ in range(3)]
@@ -51,7 +58,7 @@ def make_step(shape, peer, tokens):
     model.to(tokens.device)
     model.compile_for_training()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, betas=(0.9, 0.95), fused=True)
-    attend = dense_attention("triton", tokens.device, torch.bfloat16, shape.head_dim) if peer == "ours" else sdpa_attend(BACKENDS[peer])
+    attend = contestant(peer, shape, tokens.device)
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
@@ -63,6 +70,21 @@ def make_step(shape, peer, tokens):
         return loss.detach()
 
     return step
+
+
+def contestant(peer, shape, device):
+    """attend(layer, q, k, v, window), as the model calls it."""
+    if peer == "ours":
+        return dense_attention("triton", device, torch.bfloat16, shape.head_dim)
+    return flex_attend(block_mask(T, shape.window)) if peer == "flex" else sdpa_attend(BACKENDS[peer])
+
+
+def flex_attend(mask):
+    def attend(layer, q, k, v, window):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return attend
 
 
 def sdpa_attend(backend):
