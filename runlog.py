@@ -137,7 +137,7 @@ def open_metrics(path, step):
                 rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"line {number} of {path} is damaged ({type(error).__name__}: {error}); mend or remove it") from None
-    replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return open(path, "a"), rows
 
 
@@ -151,11 +151,11 @@ def samples_until(path, step):
     parts = re.split(r"^--- step (\d+)\n", content, flags=re.MULTILINE)[1:]
     samples = [(int(number), text[:-1]) for number, text in zip(parts[::2], parts[1::2])]
     samples = [sample for sample in samples if sample[0] <= step]
-    replace(path, "".join(sample_entry(*sample) for sample in samples))
+    write_whole(path, "".join(sample_entry(*sample) for sample in samples))
     return samples
 
 
-def replace(path, content):
+def write_whole(path, content):
     """Write a file that is whole at any moment."""
     aside = path.with_suffix(".unfinished")
     aside.write_bytes(content.encode())
