@@ -34,8 +34,6 @@ def save(run_folder, model, optimizer, state, keep):
     Returns its folder. Raises UserError when it cannot be written; earlier checkpoints are untouched then.
     """
     folder = Path(run_folder, "checkpoints", f"step-{state['step']:06d}")
-    if folder.exists():  # a run stopped right where it resumed: these very weights
-        return folder
     unfinished = folder.with_name(folder.name + UNFINISHED)
     state = {**state, "model": dataclasses.asdict(model.config)}
     try:
@@ -127,7 +125,7 @@ def read_state(folder):
                 raise UserError(f"{key} is missing")
             if not isinstance(state[key], kind):
                 raise UserError(f"{key} is {state[key]!r}")
-        if state["step"] != step_of(folder):  # `save` would skip folders that a run from there finds taken
+        if state["step"] != step_of(folder):  # a run from there would find folders taken
             raise UserError(f"step is {state['step']}, that of the folder {step_of(folder)}")
         hints = typing.get_type_hints(ModelConfig, include_extras=True)
         build(ModelConfig, {key: checked(f"model.{key}", state["model"].get(key), hint) for key, hint in hints.items()})

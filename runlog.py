@@ -8,7 +8,9 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -28,6 +30,26 @@ from config import UserError
 from device import device_name, peak_flops, peak_memory_gib
 
 
+@contextlib.contextmanager
+def claimed(out_dir):
+    """The run folder for this process alone: two runs would write each other's files."""
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"out_dir={out_dir} is in use by another process; wait for it, or give another --out_dir") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # when nothing came of it
+
+
 class RunLog:
     """Writes the run folder and the lines on the terminal. Only the first process has one."""
 
@@ -39,7 +61,6 @@ class RunLog:
         self.flops_per_token = model.flops_per_token(model.config.max_seq_len)
         self.tokens_per_step = config.batch_size * model.config.max_seq_len
         self.started = time.perf_counter() - state["time_s"]
-        self.folder.mkdir(parents=True, exist_ok=True)
         facts = {
             "run_id": run_id(self.folder / "config.json", state["step"]),
             "variant": variant(model.config),
@@ -55,7 +76,9 @@ class RunLog:
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        (self.folder / "config.json").write_text(json.dumps(facts, indent=1))
+        if state["step"] == 0:
+            set_aside(self.folder)
+        write_whole(self.folder / "config.json", json.dumps(facts, indent=1))
         self.metrics, rows = open_metrics(self.folder / "metrics.jsonl", state["step"])
         samples = samples_until(self.folder / "samples.txt", state["step"])
         self.wandb = WandbMirror(config, facts, rows, samples) if config.wandb != "disabled" else None
@@ -125,6 +148,20 @@ class RunLog:
         print(f"; try: python sample.py {self.folder}" if done else "; the same command goes on from there", flush=True)
 
 
+def set_aside(folder):
+    """A new run takes no file's place: it may be the log of one whose checkpoints are gone, or somebody else's. Of a run
+    that got no further than its settings nothing is kept."""
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and not metrics.stat().st_size:
+        return
+    for path in (folder / "config.json", metrics, folder / "samples.txt"):
+        if path.exists():
+            names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            path.rename(kept)
+            print(f"{path} is kept as {kept.name}")
+
+
 def open_metrics(path, step):
     """metrics.jsonl for appending, and its rows up to `step`; later ones, by a process that was killed, are cut off."""
     rows = []
@@ -156,7 +193,7 @@ def samples_until(path, step):
 
 
 def write_whole(path, content):
-    """Write a file that is whole at any moment."""
+    """Write a file that is whole at any moment: a full disk leaves the one before."""
     aside = path.with_suffix(".unfinished")
     aside.write_bytes(content.encode())
     aside.replace(path)
@@ -171,7 +208,7 @@ class WandbMirror:
     """
 
     def __init__(self, config, facts, rows, samples):
-        old_folders = list(Path(config.out_dir, "wandb").glob("offline-run-*"))
+        old_folders = list(Path(config.out_dir, "wandb").glob(f"offline-run-*-{facts['run_id']}"))
         self.run = start_wandb(config, facts)
         self.tokens_per_step = config.batch_size * facts["model"]["max_seq_len"]
         self.speeds = []

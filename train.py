@@ -32,7 +32,7 @@ from data.tokenizer import from_spec
 from device import pick_device, pick_dtype
 from engine import generate
 from model import GPT, ModelConfig, dense_attention
-from runlog import MOVES_NO_LOSS, RunLog
+from runlog import MOVES_NO_LOSS, RunLog, claimed
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,16 @@ class TrainConfig:
         one_or_more = ("batch_size", "max_steps", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_checkpoints")
         for key, value in dataclasses.asdict(self).items():
             least = int(key in one_or_more)
-            most = 2**63 if isinstance(value, int) else math.inf
+            most = math.inf if isinstance(value, float) else 2**63 if key == "seed" else 2**31  # steps times batch_size is an int64
             if isinstance(value, (int, float)) and not least <= value < most:
                 raise ValueError(f"{key} takes a number from {least} on, below {most}, got {value}")
         for key in ("out_dir", "data"):
             if not getattr(self, key):
                 raise ValueError(f"{key} takes a name, got none")
+        if not self.out_dir.isprintable():  # not UTF-8, say, which safetensors and wandb cannot write
+            raise ValueError(f"out_dir takes a name that can be printed, got {self.out_dir!r}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr takes at most learning_rate={self.learning_rate}, got {self.min_lr}")
         for key in ("beta1", "beta2"):
             if getattr(self, key) >= 1:
                 raise ValueError(f"{key} takes a number in [0, 1), got {getattr(self, key)}")
@@ -100,15 +104,22 @@ def main(argv):
     except ValueError as error:
         raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are numbers that torchrun sets: {error}; unset them") from None
     process = Process(rank, world, pick_device(config.device, index))
-    if world == 1:
-        return train(model_config, config, process)
+    with claimed(config.out_dir) if rank == 0 else contextlib.nullcontext():
+        if world == 1:
+            train(model_config, config, process)
+        else:
+            train_together(model_config, config, process)
+
+
+def train_together(model_config, config, process):
+    """The same in each of the processes that torchrun started."""
     on_cuda = process.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(process.device)
     try:
         dist.init_process_group("nccl" if on_cuda else "gloo")
     except ValueError as error:
-        raise UserError(f"WORLD_SIZE={world} without what else torchrun sets: {error}; start with torchrun") from None
+        raise UserError(f"WORLD_SIZE={process.world} without what else torchrun sets: {error}; start with torchrun") from None
     try:
         train(model_config, config, process)
         dist.barrier()  # nobody leaves while another still saves
@@ -123,6 +134,9 @@ def train(model_config, config, process):
     micro_batch = micro_batch_size(config, world)
     data = open_data(config, model_config, process)
     tokenizer = from_spec(data.tokenizer_spec)  # here, because its tables may have to be fetched
+    if tokenizer.vocab_size != data.vocab_size:
+        known = f"{data.vocab_size} tokens in vocab_size, {tokenizer.vocab_size} in its tokenizer"
+        raise UserError(f"meta.json of data={config.data} contradicts itself: {known}; prepare the data again")
     prompt = data.val_rows(1)[0, : min(16, 1 + model_config.max_seq_len // 2)].tolist()  # what samples continue
     dtype = pick_dtype(config.dtype, device)
     try:
@@ -137,6 +151,10 @@ def train(model_config, config, process):
     model.to(device)
     optimizer = make_optimizer(model, config)
     state = resume(model, optimizer, config, data)
+    if state["step"] >= config.max_steps:  # before RunLog: the folder goes on to say what the run was measured on
+        if process.rank == 0:
+            print(f"{config.out_dir}: done at step {state['step']} already; give more max_steps to go on")
+        return
     if config.compile == "on" or (config.compile == "auto" and on_cuda):
         model.compile_for_training()
     net = DistributedDataParallel(model, device_ids=[device.index] if on_cuda else None) if world > 1 else model
@@ -184,7 +202,7 @@ def train(model_config, config, process):
         if log:
             log.progress(step, loss.item(), grad_norm.item(), learning_rate(step - 1, config))
         val_loss = None
-        if eval_due and not stopping:
+        if eval_due:  # when stopping, too: nobody would make up for it
             net.eval()
             val_loss, stderr = evaluate(losses, data, config.eval_tokens, micro_batch, process)
             if log:
@@ -333,8 +351,9 @@ class FiniteGuard:
             ranks = report[:-1].nonzero().flatten().tolist()
             where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else f"the gradient norm (rank {self.process.rank})"
             raise UserError(
-                f"{where} is not finite at step {int(self.first.item())}; training stopped before that update and the "
-                f"last checkpoint is kept; lower learning_rate, or look at the data of that step"
+                f"{where} is not finite at step {int(self.first.item())}; training stopped before that update, earlier "
+                f"checkpoints are whole; look at the data of that step, or take a lower learning_rate in another out_dir, where "
+                f"init_from goes on from these weights"
             )
         return report[-1].item() > 0
 

@@ -12,7 +12,7 @@ import torch
 import runlog
 from config import UserError
 from model import GPT, ModelConfig
-from runlog import RunLog, WandbMirror, experiment, git_commit, open_metrics, run_id, samples_until, variant
+from runlog import RunLog, WandbMirror, claimed, experiment, git_commit, open_metrics, run_id, samples_until, variant
 from train import TrainConfig
 
 
@@ -67,12 +67,34 @@ def test_a_run_beyond_its_last_step_is_done(tmp_path, capsys):
     assert "done at step 3" in capsys.readouterr().out
 
 
-def test_a_new_run_starts_with_empty_files(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a run that ended before its first checkpoint
-    (tmp_path / "samples.txt").write_text("--- step 1\ntext\n")
-    open_metrics(tmp_path / "metrics.jsonl", step=0)[0].close()
-    assert samples_until(tmp_path / "samples.txt", step=0) == []
-    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "samples.txt").read_text() == ""
+def test_a_new_run_keeps_what_lay_there(tmp_path, capsys):
+    """The log of a run whose checkpoints are gone, twice, and another program's settings; not that of a run without steps."""
+    for number in (1, 2):
+        (tmp_path / "config.json").write_text(f"settings {number}")
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+        (tmp_path / "samples.txt").write_text("--- step 1\ntext\n")
+        log_of(tmp_path, 0, wandb="disabled").close(0)
+        assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "samples.txt").read_text() == ""
+        assert (tmp_path / f"config.json.{number}").read_text() == f"settings {number}"
+        assert f"samples.txt is kept as samples.txt.{number}" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl.1").read_text() == '{"step": 1}\n'
+    log_of(tmp_path, 0, wandb="disabled").close(0)
+    assert not (tmp_path / "config.json.3").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    log_of(foreign, 0, wandb="disabled").close(0)
+    assert (foreign / "config.json.1").read_text() == "{}"
+
+
+def test_a_folder_is_claimed_by_one_process(tmp_path):
+    with claimed(tmp_path / "run"):
+        with pytest.raises(UserError, match="in use by another process"), claimed(tmp_path / "run"):
+            pass
+        (tmp_path / "run" / "file").write_text("")
+    with claimed(tmp_path / "run"), claimed(tmp_path / "other"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "an empty folder goes"
 
 
 def test_samples_after_the_resumed_step_are_dropped(tmp_path):
@@ -104,6 +126,7 @@ def log_of(folder, step, wandb="offline", attention="gqa", seed=1, max_steps=8):
     model = GPT(ModelConfig(n_layer=1, **SHAPE, attention=attention))
     config = TrainConfig(out_dir=str(folder), batch_size=2, max_steps=max_steps, wandb=wandb, seed=seed)
     data = SimpleNamespace(meta={"source": "a", "splits": {"val": {"shards": []}}, "tokenizer": {"type": "byte"}})
+    folder.mkdir(exist_ok=True)
     return RunLog(model, config, data, torch.device("cpu"), torch.float32, 1, {"step": step, "time_s": 0.0})
 
 
@@ -165,5 +188,5 @@ def test_a_resumed_online_run_sends_what_the_server_lacks(tmp_path, monkeypatch)
     server = SimpleNamespace(step=7, define_metric=lambda *names, **keys: None, log=lambda row, step: sent.append((row, step)))
     monkeypatch.setattr(runlog, "start_wandb", lambda config, facts: server)
     rows = [{"step": step, "tokens": 64 * step} for step in range(1, 11)]
-    WandbMirror(TrainConfig(out_dir=str(tmp_path)), {"model": {"max_seq_len": 8}}, rows, [])
+    WandbMirror(TrainConfig(out_dir=str(tmp_path)), {"run_id": "a", "model": {"max_seq_len": 8}}, rows, [])
     assert sent == [(row, row["step"]) for row in rows[6:]]

@@ -134,6 +134,35 @@ def test_a_signal_saves_and_exits_cleanly(corpus, tmp_path, number):
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
+def test_a_signal_loses_no_evaluation(corpus, tmp_path, monkeypatch):
+    """It comes during the last step: the run is done, and as good as any."""
+
+    inspect = FiniteGuard.inspect
+
+    def signalled(guard, stop):
+        signal.raise_signal(signal.SIGTERM)
+        return inspect(guard, stop=True)
+
+    monkeypatch.setattr(FiniteGuard, "inspect", signalled)
+    train.main(command(corpus, tmp_path / "run", "--max_steps=1")[1:])
+    assert list(metrics(tmp_path / "run", "val/loss")) == [1]
+
+
+def test_a_run_that_is_done_is_left_alone(corpus, tmp_path):
+    script(*command(corpus, tmp_path / "run", "--max_steps=2"))
+    files = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert "done at step 2 already" in script(*command(corpus, tmp_path / "run", "--max_steps=1")).stdout
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == files
+
+
+def test_a_tokenizer_that_is_not_the_datas_is_refused(corpus, tmp_path):
+    data = shutil.copytree(corpus, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps({**meta, "vocab_size": 300}))
+    result = script(*command(data, tmp_path / "run", "--max_steps=1"), check=False)
+    assert result.returncode == 2 and "300 tokens in vocab_size, 257 in its tokenizer" in result.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
     result = script(*command(corpus, tmp_path / "run", "--save_interval=1", "--learning_rate=1e30", "--warmup_steps=0"), check=False)
     assert result.returncode == 2
@@ -267,6 +296,9 @@ def test_init_from_starts_at_the_weights_of_another_run(corpus, tmp_path):
         ("--max_seq_len=1000000", ["max_seq_len"]),
         ("--data=nowhere", ["nowhere", "python -m data.prepare"]),
         ("--out_dir=/dev/null/run", ["/dev/null/run"]),
+        ("--out_dir=out/r\udce9", ["out_dir", "r\\udce9"]),
+        ("--min_lr=0.02", ["min_lr", "0.02", "learning_rate=0.01"]),
+        ("--batch_size=9223372036854775807", ["batch_size", "9223372036854775807"]),
     ],
 )
 def test_impossible_combinations_end_with_one_line(corpus, tmp_path, argument, words):
