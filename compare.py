@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Annotated
 
 from benchmarks import markdown, plots
-from benchmarks.runs import by_variant, distinct, is_a, lacking, load, objections, read_json, value_at
-from config import UserError, parse, run
+from benchmarks.runs import by_variant, distinct, is_a, lacking, load, objections, printable, read_json, value_at
+from config import UserError, parse, run, write_whole
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def read_decode(path, required):
 
 def is_decode_row(row):
     def is_speed(batch, speed):
-        return batch.isdecimal() and isinstance(speed, int | float | None)
+        return batch.isdecimal() and is_a(int | float | None)(speed)
 
     return not lacking(row, DECODE_ROW) and all(is_speed(*item) for item in row["decode_tokens_per_s"].items())
 
@@ -275,7 +275,7 @@ def section(results, pad=False):
             f"sequences close to {decode['tokens']:,} tokens: `python bench.py variants` on {where}."
         )
     lines += [f"- Note: {note}." for note in results["notes"]]
-    return "\n".join([*lines, "", on])
+    return printable("\n".join([*lines, "", on]))
 
 
 def measured_on(devices, dtypes, versions, commits):
@@ -345,16 +345,16 @@ def seconds(number):
 
 def write(out, results, runs):
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(section(results) + "\n", encoding="utf-8")
+    write_whole(out / "table.json", json.dumps(results, indent=1) + "\n")
+    write_whole(out / "table.md", section(results) + "\n")
     names = set()
     for found in runs:
         name = next(name for n in itertools.count(1) if (name := found.name + (f"-{n}" if n > 1 else "")) not in names)
         names.add(name)
         folder = out / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(found.facts, indent=1), encoding="utf-8")
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows), encoding="utf-8")
+        write_whole(folder / "config.json", json.dumps(found.facts, indent=1))
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in found.rows))
     if others := sorted(path.name for path in (out / "runs").iterdir() if path.name not in names):
         print(f"\n{out / 'runs'} also holds runs that are not in this table: {', '.join(others)}")
         print("(from earlier comparisons; remove them if you do not want them)")

@@ -11,6 +11,7 @@ explanation stand together, so `--help` can never disagree with the code:
 import dataclasses
 import difflib
 import re
+import reprlib
 import sys
 import tomllib
 import typing
@@ -35,7 +36,7 @@ def run(main):
     except OSError as error:  # a full disk, a folder that may not be written, a file where a folder should be
         fail(f"{error.strerror or error}: {error.filename or 'while writing'}; mend that or name another place, then run again")
     except (MemoryError, RuntimeError) as error:  # torch has a type of its own on GPUs only, and not for all that fails there
-        if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
+        if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED|Storage size", repr(error)):
             raise
         said = ". ".join(str(error).partition("\n")[0].split(". ")[:2])  # torch goes on with a page of advice
         fail(
@@ -49,6 +50,17 @@ def run(main):
 def fail(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def write_whole(path, content):
+    """Write a text file that is whole at any moment: a full disk leaves the one before."""
+    aside = path.with_suffix(".unfinished")
+    try:
+        aside.write_bytes(content.encode())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def parse(argv, *schemas, usage):
@@ -100,7 +112,7 @@ def read_toml(path):
     except FileNotFoundError:
         near = sorted(str(p) for p in Path(path).parent.glob("*.toml")) or ["none in that folder"]
         raise UserError(f"no settings file {path}; there are: {', '.join(near)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, thousands of digits or brackets
         raise UserError(f"{path} is not TOML: {error}") from None
 
 
@@ -144,6 +156,10 @@ def from_text(key, text, hint):
 def checked(key, value, hint):
     """The value if it fits its type. An int passes for a float, and nothing else for anything else."""
     kind, _ = explained(hint)
+    if type(value) is int and value.bit_length() > 64:  # floats, files and printing have limits of their own
+        raise UserError(f"{key} takes a number of at most 64 bits, got one of {value.bit_length()}")
+    if type(value) is str and "\0" in value:
+        raise UserError(f"{key} takes text without the character NUL, got {value!r}")
     if typing.get_origin(kind) is typing.Literal:
         if value in typing.get_args(kind):
             return value
@@ -155,7 +171,7 @@ def checked(key, value, hint):
 
 
 def wrong_type(key, value, hint):
-    return UserError(f"{key} takes {takes(hint)}, got {value!r}")
+    return UserError(f"{key} takes {takes(hint)}, got {reprlib.repr(value)}")  # its start, if it is long or deep
 
 
 def help_text(schemas, usage):

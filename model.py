@@ -48,8 +48,9 @@ class ModelConfig:
         at_least_one = ("n_layer", "n_head", "n_embd", "max_seq_len")
         for key in at_least_one + ("n_kv_head", "head_dim", "vocab_size", "window", "mlp_hidden"):
             least = int(key in at_least_one)
-            if not least <= getattr(self, key) < 2**31:
-                raise ValueError(f"{key} takes {least} or more, below 2^31, got {getattr(self, key)}")
+            bits = 16 if key in ("n_layer", "n_head") else 31  # one by one, more of them would be gone through for minutes
+            if not least <= getattr(self, key) < 2**bits:
+                raise ValueError(f"{key} takes {least} or more, below 2^{bits}, got {getattr(self, key)}")
         for key in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key} takes a number above 0, got {getattr(self, key)}")
@@ -157,10 +158,10 @@ def make_norm(config):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, index):
+    def __init__(self, config, index, window):
         super().__init__()
         self.index = index  # of the layer
-        self.window = config.windows[index]
+        self.window = window
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of q, k, v
         self.head_dim = config.head_dim
         self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
@@ -195,10 +196,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, index):
+    def __init__(self, config, index, window):
         super().__init__()
         self.attn_norm = make_norm(config)
-        self.attn = Attention(config, index)
+        self.attn = Attention(config, index, window)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -224,7 +225,7 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Embedding(config.max_seq_len, config.n_embd) if config.pos == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, index, window) for index, window in enumerate(config.windows))
         self.norm = make_norm(config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:

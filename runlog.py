@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import UserError, write_whole
 from device import device_name, peak_flops, peak_memory_gib
 
 
@@ -190,13 +190,6 @@ def samples_until(path, step):
     samples = [sample for sample in samples if sample[0] <= step]
     write_whole(path, "".join(sample_entry(*sample) for sample in samples))
     return samples
-
-
-def write_whole(path, content):
-    """Write a file that is whole at any moment: a full disk leaves the one before."""
-    aside = path.with_suffix(".unfinished")
-    aside.write_bytes(content.encode())
-    aside.replace(path)
 
 
 class WandbMirror:

@@ -71,7 +71,7 @@ class TrainConfig:
         one_or_more = ("batch_size", "max_steps", "eval_interval", "eval_tokens", "log_interval", "save_interval", "keep_checkpoints")
         for key, value in dataclasses.asdict(self).items():
             least = int(key in one_or_more)
-            most = math.inf if isinstance(value, float) else 2**63 if key == "seed" else 2**31  # steps times batch_size is an int64
+            most = math.inf if isinstance(value, float) else {"seed": 2**63, "batch_size": 2**24}.get(key, 2**31)
             if isinstance(value, (int, float)) and not least <= value < most:
                 raise ValueError(f"{key} takes a number from {least} on, below {most}, got {value}")
         for key in ("out_dir", "data"):

@@ -1,6 +1,6 @@
 """Tables in markdown, and their places in a file."""
 
-from config import UserError
+from config import UserError, write_whole
 
 
 def table(columns, pad=False):
@@ -19,8 +19,11 @@ def marked(name, text):
 
 def put_into(path, name, text):
     """Put the text between a file's marks of that name, in place of what is there."""
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}; save it as such, or name another file") from None
     begin, end = marked(name, "").splitlines()[::2]
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(end) < content.index(begin):
         raise UserError(f"{path} has no place for the table; add two lines: {begin} and {end}")
-    path.write_text(content.split(begin)[0] + marked(name, text) + content.split(end)[1], encoding="utf-8")
+    write_whole(path.resolve(), content.split(begin)[0] + marked(name, text) + content.split(end)[1])  # a link stays one

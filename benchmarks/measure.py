@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from config import write_whole
 from device import device_name
 from runlog import git_commit, versions
 
@@ -90,4 +91,4 @@ def write_results(path, device, dtype, **measured):
     facts = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     facts |= {"versions": versions(), "git_commit": git_commit(), **measured}
     print(json.dumps(facts), flush=True)  # first: the disk may be full
-    path.write_text(json.dumps(facts, indent=1))
+    write_whole(path, json.dumps(facts, indent=1))

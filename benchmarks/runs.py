@@ -41,8 +41,14 @@ class Run:
 
 
 def is_a(kind, above=None):
-    """A check of one value: its type, and whether it is larger. A text above "" is one that is not empty."""
-    return lambda value: isinstance(value, kind) and (above is None or value > above)
+    """A check of one value: its type, and whether it is larger. A text above "" is one that is not empty. An int of
+    more than 64 bits is none: it may fit no float."""
+
+    def check(value):
+        fits = not isinstance(value, int) or abs(value) < 2**63
+        return isinstance(value, kind) and fits and (above is None or value > above)
+
+    return check
 
 
 def are_shards(value):
@@ -102,13 +108,13 @@ def load(path):
 def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}; mend it or leave it out") from None
 
 
 def is_row(row):
     valid = isinstance(row, dict) and {"step", "tokens", "time_s"} <= row.keys()
-    return valid and all(isinstance(value, int | float) for value in row.values())
+    return valid and all(map(is_a(int | float), row.values()))
 
 
 def read_rows(path):
@@ -118,7 +124,7 @@ def read_rows(path):
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path} line {number} is not JSON: {error}; remove the line") from None
     return rows
@@ -233,6 +239,11 @@ def by_variant(runs):
     differing = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
     groups = {}
     for found, each in zip(runs, settings, strict=True):
-        label = " ".join([found.facts["variant"], *(f"{key}={each.get(key)}" for key in differing)])
+        label = printable(" ".join([found.facts["variant"], *(f"{key}={each.get(key)}" for key in differing)]))
         groups.setdefault(label, []).append(found)
     return groups
+
+
+def printable(text):
+    """The text with what neither UTF-8 nor a plot can hold, a path's bytes that are no UTF-8, written as in \\udce9."""
+    return text.encode(errors="backslashreplace").decode()

@@ -23,10 +23,14 @@ def section(folder):
         path = folder / f"{name}.json"
         if path.is_file():
             facts = read_json(path)
-            versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items() if key in ("torch", "triton"))
-            where = f"{facts['threads']} CPU threads" if facts["device"] == "cpu" else facts["device"]
-            on = f"{where}, {facts['dtype']}, {versions}, commit {facts['git_commit'][:10]}{facts['git_commit'][40:]}"
-            table = markdown.table(make(facts))
+            try:
+                versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items() if key in ("torch", "triton"))
+                where = f"{facts['threads']} CPU threads" if facts["device"] == "cpu" else facts["device"]
+                on = f"{where}, {facts['dtype']}, {versions}, commit {facts['git_commit'][:10]}{facts['git_commit'][40:]}"
+                table = markdown.table(make(facts))
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                why = f"{type(error).__name__}: {error}"
+                raise UserError(f"{path} is not what bench.py writes ({why}); run python bench.py {command} again") from None
             parts.append("\n".join([f"{title} (`python bench.py {command}`; {on}):", "", *table]))
     return "\n\n".join(parts)
 

@@ -4,6 +4,7 @@ A file is a document; in .jsonl and .parquet a row is. The hub's data sets are s
 a few documents in memory.
 """
 
+import os
 import hashlib
 import json
 import platform
@@ -50,7 +51,7 @@ def input_files(config):
     """The files that --input names, those of a folder sorted by path."""
     files = []
     for given in filter(None, config.input.split(",")):
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         if path.is_dir():
             try:
                 found = [file for file in sorted(path.rglob(config.glob)) if file.is_file()]
@@ -166,7 +167,7 @@ def non_empty(texts, left_out):
 
 def shakespeare_text(config):
     if config.input:
-        content = Path(config.input).expanduser().read_bytes()
+        content = Path(os.path.expanduser(config.input)).read_bytes()
     else:
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as answer:

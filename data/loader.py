@@ -8,10 +8,14 @@ own rows out of the same global batch. Validation rows are a fixed set, whatever
 A split is one long token array, laid over its shards; a sequence may run across documents and shards.
 """
 
+import contextlib
 import json
+import os
+import shlex
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ from config import UserError
 
 def folder_of(data):
     """The folder of the config value `data`: a path if it has a slash, else data/NAME of this repository."""
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))  # Path's own raises for ~name where nobody is called so
     return path if len(path.parts) > 1 or data.startswith(".") else Path(__file__).resolve().parent / data
 
 
@@ -77,7 +81,7 @@ class Tokens:
     """One split: its memory-mapped shards, read as one long array."""
 
     def __init__(self, folder, meta, split, seq_len):
-        self.remedy, self.vocab_size = again(meta), meta["vocab_size"]
+        self.remedy, self.vocab_size = again(folder, meta), meta["vocab_size"]
         counts = [shard["tokens"] for shard in meta["splits"][split]["shards"]]
         self.files = [folder / shard["file"] for shard in meta["splits"][split]["shards"]]
         self.size = sum(counts)
@@ -128,27 +132,38 @@ def read_meta(folder):
     """meta.json, checked for what the loader relies on."""
     path = folder / "meta.json"
     if not path.is_file():
-        known = ("stdlib", "shakespeare", "fineweb")
-        what = folder.name if folder.name in known else "files --input=TEXT"
-        where = "" if folder in map(folder_of, known) else f" --out_dir={folder}"
-        raise UserError(f"{path} does not exist; prepare the data: python -m data.prepare {what}{where}")
+        raise UserError(f"{path} does not exist; prepare the data: {preparing(folder)}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         shards = [shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
         valid = (
             meta["format"] == 1
             and meta["dtype"] in ("uint16", "uint32")
-            and 0 < meta["vocab_size"] <= 2 ** (8 * np.dtype(meta["dtype"]).itemsize)
+            and 0 < index(meta["vocab_size"]) <= 2 ** (8 * np.dtype(meta["dtype"]).itemsize)
             and isinstance(meta["tokenizer"]["type"], str)
-            and all(isinstance(shard["file"], str) and shard["tokens"] > 0 for shard in shards)
+            and all(isinstance(shard["file"], str) and index(shard["tokens"]) > 0 for shard in shards)
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again({})}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again(folder)}") from None
     if not valid:
         found = {key: meta[key] for key in ("format", "dtype", "vocab_size")}
-        raise UserError(f"{path} does not fit this version, which reads format 1, found {found}; {again(meta)}")
+        raise UserError(f"{path} does not fit this version, which reads format 1, found {found}; {again(folder, meta)}")
     return meta
 
 
-def again(meta):
-    return f"prepare it again: {meta.get('command', 'python -m data.prepare NAME')} --overwrite=true"
+def again(folder, meta=None):
+    return f"prepare it again: {preparing(folder, meta)} --overwrite=true"
+
+
+def preparing(folder, meta=None):
+    """The command that prepares this folder. The one in its meta.json names another if this is a copy."""
+    words = []
+    with contextlib.suppress(ValueError):  # people edit JSON
+        words = shlex.split(str((meta or {}).get("command", "")))
+    if len(words) < 4:
+        known = folder.name in ("stdlib", "shakespeare", "fineweb")
+        words = ["python", "-m", "data.prepare", *([folder.name] if known else ["files", "--input=TEXT"])]
+    places = [word.removeprefix("--out_dir=") for word in words if word.startswith("--out_dir=")] or [words[3]]
+    if folder_of(places[-1]).resolve() != folder.resolve():
+        words = [word for word in words if not word.startswith("--out_dir=")] + [f"--out_dir={folder.absolute()}"]
+    return shlex.join(words)

@@ -74,9 +74,9 @@ class PrepareConfig:
     def __post_init__(self):
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction lies between 0 and 1, got {self.val_fraction}")
-        if self.shard_tokens < 1 or self.max_tokens < 0 or self.jobs < 0:
+        if self.shard_tokens < 1 or self.max_tokens < 0 or not 0 <= self.jobs <= 1024:
             raise ValueError(
-                f"shard_tokens must be at least 1, max_tokens and jobs at least 0, "
+                f"shard_tokens must be at least 1, max_tokens at least 0, jobs from 0 to 1024, "
                 f"got {self.shard_tokens}, {self.max_tokens}, {self.jobs}"
             )
 

@@ -10,8 +10,9 @@ from util import repository, script
 from benchmarks import engine
 from benchmarks.attention import Shape, attention_flops
 from benchmarks.markdown import marked
-from benchmarks.measure import frozen_objects, leave_out
+from benchmarks.measure import frozen_objects, leave_out, write_results
 from benchmarks.tables import section
+from config import UserError
 from kernels.reference import visible
 
 
@@ -48,6 +49,23 @@ def test_kernels_without_a_gpu_are_one_line(name):
 
 def test_the_readmes_tables_are_those_of_the_results():
     assert marked("bench.py tables", section(repository / "results")) in (repository / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"versions": []}'])
+@pytest.mark.parametrize("name", ["train", "variants"])
+def test_a_file_of_other_contents_is_one_line(tmp_path, name, content):
+    (tmp_path / f"{name}.json").write_text(content)
+    with pytest.raises(UserError, match=rf"{name}.json is not what bench.py writes .*; run python bench.py {name} again"):
+        section(tmp_path)
+
+
+def test_results_are_replaced_as_a_whole(tmp_path):
+    """A full disk would cut a file that is written in place."""
+    numbers = set()
+    for _ in range(2):
+        write_results(tmp_path / "train.json", torch.device("cpu"), torch.float32, rows=[])
+        numbers.add((tmp_path / "train.json").stat().st_ino)
+    assert len(numbers) == 2
 
 
 def test_a_loads_figures_are_all_of_its_median_turn(monkeypatch):

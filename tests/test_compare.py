@@ -271,6 +271,10 @@ def wrong_cases(folder):
     (broken / "metrics.jsonl").write_text('{"step": 1\n{"step": 2, "tokens": 1, "time_s": 1}\n')
     strange = write_run(folder / "strange")
     (strange / "metrics.jsonl").write_text('{"step": 1, "val/loss": null}\n')
+    deep, deep_rows, huge = (write_run(folder / name) for name in ("deep", "deep_rows", "huge"))
+    (deep / "config.json").write_text("[" * 5000)
+    (deep_rows / "metrics.jsonl").write_text("[" * 5000 + "\n{}\n")
+    (huge / "metrics.jsonl").write_text(f'{{"step": 1, "tokens": {10**400}, "time_s": 1, "val/loss": 1}}\n')
     older, lists = change(write_run(folder / "older"), model={}), write_run(folder / "lists")
     (lists / "config.json").write_text("[1]")
     (folder / "decode.json").write_text('{"rows": [{"attention": "mha"}]}')
@@ -292,6 +296,9 @@ def wrong_cases(folder):
         "no rows": ([empty], "no validation loss yet"),
         "not JSON": ([broken], "line 1 is not JSON"),
         "not numbers": ([strange], "not numbers by name"),
+        "deep settings": ([deep], "config.json is not JSON: maximum recursion depth exceeded"),
+        "deep rows": ([deep_rows], "line 1 is not JSON: maximum recursion depth exceeded"),
+        "enormous": ([huge], "a row of"),
         "other version": ([older], "no valid model.window_pattern, model.attention, model.n_layer"),
         "no settings": ([lists], "lists have no valid run_id, variant"),
         "no speed": ([write_run(folder / "slow", speed=0.0)], "slow has no tokens_per_s above 0"),
@@ -357,6 +364,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, run_compare):
         ("versions", None),
         ("git_commit", None),
         ("processes", 0),
+        ("params", 10**400),
         ("model.n_layer", 0),
         ("model.n_head", 0),
         ("model.max_seq_len", -1),
@@ -404,6 +412,7 @@ ROW = DECODE["rows"][0]
         {"rows": [ROW | {"n_kv_head": None}]},
         {"rows": [ROW | {"decode_tokens_per_s": 10.0}]},
         {"rows": [ROW | {"decode_tokens_per_s": {"1": "10"}}]},
+        {"rows": [ROW | {"decode_tokens_per_s": {"1": 10**400}}]},
         {"rows": [ROW | {"decode_tokens_per_s": {"one": 10.0}}]},
     ],
 )
@@ -510,6 +519,32 @@ def test_the_section_goes_between_the_marks_of_the_readme(tmp_path, run_compare)
             write_run(tmp_path / "a") if not (tmp_path / "a").exists() else tmp_path / "a", f"--readme={readme}"
         )
         assert readme.read_text() == f"above\n{marked('compare.py', compare.section(results))}\nbelow\n"
+
+
+def test_files_are_replaced_as_a_whole(tmp_path, run_compare):
+    """A full disk would cut one that is written in place. A README that is a link stays one."""
+    (tmp_path / "real.md").write_text(marked("compare.py", ""))
+    (tmp_path / "README.md").symlink_to("real.md")
+    arguments = [write_run(tmp_path / "a"), f"--readme={tmp_path / 'README.md'}"]
+    run_compare(*arguments)
+    texts = [path for path in (tmp_path / "results").rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
+    before = {path: path.stat().st_ino for path in [*texts, tmp_path / "real.md"]}
+    run_compare(*arguments)
+    assert len(before) == 5 and not [path for path in before if path.stat().st_ino == before[path]]
+    assert (tmp_path / "README.md").is_symlink()
+
+
+def test_paths_that_are_not_utf8(tmp_path, run_compare):
+    paths = [change(write_run(tmp_path / name), data__source="caf\udce9.txt") for name in "ab"]
+    _, results = run_compare(paths[0], change(paths[1], train__init_from="caf\udce9"))
+    assert results["rows"][1]["variant"] == r"mha init_from=caf\udce9"
+    assert r"4.0k tokens of caf\udce9.txt a run" in (tmp_path / "results" / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_readme_that_is_not_utf8_is_one_line(tmp_path, run_compare):
+    (tmp_path / "README.md").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"README.md is not UTF-8: .*; save it as such"):
+        run_compare(write_run(tmp_path / "a"), f"--readme={tmp_path / 'README.md'}")
 
 
 @pytest.mark.skipif(not (repository / "results/variants").exists(), reason="no results/variants")

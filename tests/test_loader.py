@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from data.loader import TokenData, folder_of
+from data.loader import TokenData, folder_of, preparing
 
 
 def write_folder(folder, train, val, shard_tokens=10**9, dtype="uint32", vocab_size=1 << 20):
@@ -148,6 +148,11 @@ def change_meta(**changes):
     return change
 
 
+def half_tokens(folder):
+    text = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(text.replace('"tokens": 7}', '"tokens": 7.0}', 1))
+
+
 def cut(folder):
     os.truncate(folder / "train-00001.bin", 27)
 
@@ -165,6 +170,9 @@ DAMAGE = {
     "meta list": (lambda f: (f / "meta.json").write_text("[]"), r"meta.json is damaged"),
     "meta key": (change_meta(splits={}), r"meta.json is damaged \(KeyError: 'train'\)"),
     "meta type": (change_meta(vocab_size="many"), r"meta.json is damaged"),
+    "meta deep": (lambda f: (f / "meta.json").write_text("[" * 5000), r"meta.json is damaged \(RecursionError"),
+    "half a vocabulary": (change_meta(vocab_size=65.5), r"meta.json is damaged \(TypeError: 'float'"),
+    "half tokens": (half_tokens, r"meta.json is damaged \(TypeError: 'float'"),
     "format": (change_meta(format=2), r"reads format 1, found .*'format': 2"),
     "dtype": (change_meta(dtype="uint16", vocab_size=999), r"28 bytes, expected 14 \(7 tokens of uint16\)"),
     "dtype unknown": (change_meta(dtype="float32"), r"found .*'dtype': 'float32'"),
@@ -185,6 +193,28 @@ def test_damage_is_named(positions, case):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("files --input=a", "files --input=a --out_dir={}"),
+        ("files --out_dir=data/my --input='a b'", "files '--input=a b' --out_dir={}"),
+        ("files --out_dir={} --input=a", "files --out_dir={} --input=a"),
+        ("it's", "files --input=TEXT --out_dir={}"),
+    ],
+)
+def test_a_copy_is_prepared_where_it_lies(tmp_path, command, expected):
+    meta = {"command": f"python -m data.prepare {command}".format(tmp_path)}
+    assert preparing(tmp_path, meta) == f"python -m data.prepare {expected}".format(tmp_path)
+
+
+def test_the_usual_folder_needs_no_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = "python -m data.prepare stdlib"
+    for meta in ({"command": command}, {}):
+        assert preparing(folder_of("stdlib"), meta) == command
+    assert preparing(Path("here"), {"command": command}) == f"{command} --out_dir={tmp_path}/here"  # "here" would be data/here
+
+
 def test_too_few_tokens(positions):
     assert TokenData(positions, 776, seed=1).val_rows(1).shape == (1, 777)
     with pytest.raises(UserError, match="777 val tokens, a sequence needs 778"):
@@ -200,6 +230,7 @@ def test_names_and_paths(monkeypatch, tmp_path):
     assert folder_of("some/where") == Path("some/where")
     assert folder_of(str(tmp_path)) == tmp_path
     assert folder_of("./here") == Path("here")
+    assert folder_of("~nobody here/data") == Path("~nobody here/data")
     with pytest.raises(UserError, match=r"python -m data.prepare stdlib --out_dir="):
         TokenData(tmp_path / "stdlib", 8, seed=1)
     with pytest.raises(UserError, match=rf"prepare files --input=TEXT --out_dir={repo_data}/nowhere"):  # else data/files

@@ -65,6 +65,8 @@ def test_the_switch_is_resolved_to_two_numbers(keys, n_kv_head, window):
         ({"attention": "swa", "window": -1}, ["window", "-1"]),
         ({"n_embd": 100}, ["n_embd", "100", "n_head", "12"]),
         ({"n_layer": 0}, ["n_layer", "0"]),
+        ({"n_layer": 2**31 - 1}, ["n_layer", "2^16"]),
+        ({"n_head": 2**31 - 1, "head_dim": 1}, ["n_head", "2^16"]),
         ({"pos": "rope", "head_dim": 7}, ["head_dim", "7"]),
         ({"dropout": 1.0}, ["dropout", "1.0"]),
         ({"norm_eps": -1.0}, ["norm_eps", "-1.0"]),
@@ -81,6 +83,13 @@ def test_contradictions_are_refused_in_one_line(keys, words):
 def test_window_pattern_repeats_over_the_depth():
     config = ModelConfig(n_layer=6, attention="swa", window=7, window_pattern="LLG")
     assert config.windows == (7, 7, 0, 7, 7, 0)
+
+
+def test_windows_are_computed_once_for_all_layers(monkeypatch):
+    computed, windows = [], ModelConfig.windows.fget
+    monkeypatch.setattr(ModelConfig, "windows", property(lambda config: computed.append(config) or windows(config)))
+    make(n_layer=5)
+    assert len(computed) == 1
 
 
 def hf_gpt2():
