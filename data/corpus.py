@@ -4,9 +4,9 @@ A file is a document; in .jsonl and .parquet a row is. The hub's data sets are s
 a few documents in memory.
 """
 
-import os
 import hashlib
 import json
+import os
 import platform
 import sysconfig
 import urllib.request
