@@ -156,8 +156,8 @@ def from_text(key, text, hint):
 def checked(key, value, hint):
     """The value if it fits its type. An int passes for a float, and nothing else for anything else."""
     kind, _ = explained(hint)
-    if type(value) is int and value.bit_length() > 64:  # floats, files and printing have limits of their own
-        raise UserError(f"{key} takes a number of at most 64 bits, got one of {value.bit_length()}")
+    if type(value) is int and value.bit_length() > 1023:  # floats and printing have limits of their own
+        raise UserError(f"{key} takes a number of at most 1023 bits, got one of {value.bit_length()}")
     if type(value) is str and "\0" in value:
         raise UserError(f"{key} takes text without the character NUL, got {value!r}")
     if typing.get_origin(kind) is typing.Literal:

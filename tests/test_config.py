@@ -46,7 +46,7 @@ def test_later_settings_win(tmp_path):
         ("--width", ["width", "--width=VALUE"]),
         ("--rate=much", ["rate", "float", "much"]),
         ("--flag=yes", ["flag", "true|false", "yes"]),
-        (f"--width={10**400}", ["width", "at most 64 bits"]),
+        (f"--width={10**400}", ["width", "at most 1023 bits"]),
         (f"--width={'9' * 5000}", ["width", "int", "999"]),
         ("--mode=medium", ["mode", "slow|fast", "medium"]),
         ("-w", ["-w", "--key=value"]),
