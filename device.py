@@ -3,6 +3,7 @@
 import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -61,5 +62,9 @@ def peak_memory_gib(device):
     """Most memory in use so far: of the device on CUDA, of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "")
+    if found:  # Linux, whose ru_maxrss begins with that of the process that started this one
+        return int(found[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
