@@ -143,7 +143,7 @@ class RunLog:
         self.metrics.close()
         if self.wandb:
             self.wandb.close()
-        done = step >= self.config.max_steps  # more, when a longer run is given fewer steps
+        done = step == self.config.max_steps
         print(f"{self.folder}: {'done' if done else 'stopped'} at step {step}", end="")
         print(f"; try: python sample.py {self.folder}" if done else "; the same command goes on from there", flush=True)
 

@@ -17,6 +17,7 @@ from benchmarks.claims_serving import (
     wasted,
 )
 from benchmarks.claims_training import (
+    attention_costs_n2d_and_nd2,
     bytes_made,
     cost_objection,
     flash_objection,
@@ -94,6 +95,16 @@ HELD = {512: 1, 1024: 100, 4096: 440}
 def test_a_verdict_follows_from_what_was_measured(objection, measured, reason):
     found = objection(*measured)
     assert found == "" if not reason else reason in found
+
+
+def test_times_that_follow_the_formula_are_fitted(monkeypatch):
+    def exact(calls, rounds, device):
+        return {(n, d): max(TINY.lengths) / n * (2e-6 * n * n * d + 3e-6 * n * d * d + 4e-6 * n * d) for n, d in calls}
+
+    monkeypatch.setattr("benchmarks.claims_training.milliseconds", exact)
+    answer = attention_costs_n2d_and_nd2(TINY, CPU, torch.float32, 1)
+    assert [answer["data"][key] for key in "abc"] == pytest.approx([2e-6, 3e-6, 4e-6])
+    assert answer["because"] == "" and "to within 0.0%" in answer["measured"]
 
 
 @pytest.mark.parametrize("layers, window", [(1, 1), (2, 3), (3, 4)])
