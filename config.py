@@ -66,7 +66,7 @@ def write_whole(path, content):
 def parse(argv, *schemas, usage):
     """Read the command line against frozen dataclasses.
 
-    argv:    arguments: `*.toml` files, `--key=value` flags and free words, in any order
+    argv:    arguments: `*.toml` files, `--key=value` flags (`--key` for a key that is true) and free words, in any order
     schemas: dataclasses; a key that two of them share is given to both
     usage:   what `--help` prints above the keys
 
@@ -83,7 +83,9 @@ def parse(argv, *schemas, usage):
         elif argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
             hint = hint_of(key, hints)
-            if not equals:
+            if not equals and explained(hint)[0] is bool:
+                text = "true"
+            elif not equals:
                 raise UserError(f"--{key} has no value; write --{key}=VALUE ({takes(hint)})")
             given[key] = from_text(key, text, hint)
         elif argument.endswith(".toml"):

@@ -35,6 +35,7 @@ def test_later_settings_win(tmp_path):
     assert toy == Toy(width=2, rate=2.0, mode="fast", name="x=y", flag=True)
     assert isinstance(toy.rate, float)
     assert read("--width=9", str(tmp_path / "a.toml"))[1].width == 1
+    assert read("--flag")[1].flag
 
 
 @pytest.mark.parametrize(
