@@ -1,19 +1,19 @@
 """Every speed figure of the project: python bench.py NAME [--key=value ...]
 
 attention: the training kernels against every peer that is there, forward and backward. GPU.
-train:     a training step of GPT-2 124M with these kernels and with each of torch's, for each attention type. GPU.
+train:     a training step of GPT-2 124M with these kernels and with torch's, for each attention type. GPU.
 decode:    attention over pages, one token a sequence, as a share of the bandwidth of a device copy. GPU.
 engine:    whole runs of the engine: GPT-2 124M, and on a GPU Qwen3-0.6B's shape. Without a GPU, beside transformers.
 variants:  cache bytes, largest batch and decoding speed of mha, gqa, mqa and swa. Any device.
 claims:    what introductions to these methods say, measured. Any device; only a GPU's figures mean something.
 tables:    nothing is measured: the files in results/ become the tables of the README.
 
-Each writes a file of this name below results/, where the name may say the device, and most a plot beside it. "GPU" needs an
-NVIDIA GPU.
+Each but tables writes a file of this name below results/, where the name may say the device, and most a plot beside it. "GPU"
+needs an NVIDIA GPU.
 
 What is timed is validated first; claims mostly times what the others validate. Times are medians over rounds in
 which all contestants take turns, so that a change of the clock meets all of them; but where each of them fills the memory, in
-variants and on a GPU in engine, they come one after the other. The last line printed is JSON.
+variants and on a GPU in engine, they come one after the other. The last line that they print is JSON.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ class BenchConfig:
     """What can be chosen about a measurement."""
 
     out_dir: Annotated[str, "where the results go"] = "results"
-    peers: Annotated[str, "which contestants, a list with commas"] = ",".join(PEERS)
+    peers: Annotated[str, "in attention, train and decode: which contestants, a list with commas, ours among them"] = ",".join(PEERS)
     rounds: Annotated[int, "times that each contestant takes its turn"] = 9
-    sweep: Annotated[bool, "time growing lengths, too"] = True
+    sweep: Annotated[bool, "in attention and decode: growing lengths and batches, too"] = True
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -42,6 +42,8 @@ class BenchConfig:
         unknown = set(self.peers.split(",")) - set(PEERS)
         if unknown:
             raise ValueError(f"peers takes names of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
+        if "ours" not in self.peers.split(","):  # what the others are compared with
+            raise ValueError(f"peers takes ours and any others, got {self.peers}")
 
 
 NEEDS_GPU = {"attention": True, "train": True, "decode": True, "engine": False, "variants": False, "claims": False, "tables": False}

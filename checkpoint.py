@@ -134,9 +134,9 @@ def read_state(folder):
     return state
 
 
-def read_tensors(path, device="cpu"):
+def read_tensors(path):
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise damaged(path.parent, error) from None
 

@@ -1,7 +1,7 @@
 """Runs side by side: a table, what its differences are worth, and a plot.
 
     python compare.py out/124m-*
-    python compare.py out/124m-* --out=results/variants --target_loss=3.2 --readme=README.md
+    python compare.py out/124m-* --out=results/variants --target_loss=1.5 --readme=README.md
     python compare.py results/variants/runs/*
 
 Takes run folders (config.json and metrics.jsonl) and wandb's offline folders. Prints the table as markdown, and writes
@@ -39,7 +39,7 @@ from config import UserError, parse, run, write_whole
 class CompareConfig:
     out: Annotated[str, "folder for table, plot and what was read of the runs"] = "results/compare"
     target_loss: Annotated[float, "how long until this validation loss; 0: the lowest that all runs reach"] = 0.0
-    decode: Annotated[str, "what bench.py variants wrote, on a CPU results/variants-cpu.json; left out when missing"] = (
+    decode: Annotated[str, "what bench.py variants wrote, on a CPU results/variants-cpu.json; the default may be missing"] = (
         "results/variants.json"
     )
     readme: Annotated[str, "file to put the table into, between its two marks; empty: none"] = ""
@@ -53,7 +53,6 @@ class CompareConfig:
 
 
 def main(argv):
-    argv = ["--force=true" if argument == "--force" else argument for argument in argv]
     words, config = parse(argv, CompareConfig, usage=__doc__)
     if not words:
         raise UserError("compare.py takes run folders, as in compare.py out/124m-*")
@@ -300,7 +299,7 @@ def table(results, pad):
         "KV heads": [str(row["n_kv_head"]) for row in rows],
         "window": [window_text(row) for row in rows],
         "parameters": [count(row["params"]) for row in rows],
-        "final loss": [f"{row['final_loss']:.4f} ± {row['final_stderr']:.4f}" for row in rows],
+        "final loss ± standard error": [f"{row['final_loss']:.4f} ± {row['final_stderr']:.4f}" for row in rows],
         "best loss": cells(rows, "best_loss", "{:.4f}"),
         "tokens/s": cells(rows, "tokens_per_s", "{:,.0f}"),
         "MFU": cells(rows, "mfu", "{:.1%}"),

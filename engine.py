@@ -19,7 +19,7 @@ draws. So a sequence may have a token `pending`: drawn, but read only after the 
 the device. Whoever turns out to have ended has computed one token too many, which is thrown away.
 
 `paging` says who holds which page, `runner` computes, `sampling` draws. The model is anything with .config,
-.parameters(), .features and .logits.
+.parameters(), .features and .logits, and .compile_for_decoding for `compile`.
 """
 
 import time
@@ -97,7 +97,7 @@ class Engine:
     attention:           "auto", "triton", "sdpa" or "reference", as in `runner.Runner`
     overlap:             launch a step before the one before it is read; None: on CUDA
     graphs:              replay decode steps as CUDA graphs, where attention is Triton's
-    compile:             fuse what lies between the matrix products; half a minute at first, for each shape of model
+    compile:             fuse what lies around attention, and drawing; half a minute at first, for each shape of model
 
     With RoPE, text may outgrow max_seq_len. Windowed layers do not notice, but a global layer then sees distances that
     it was never trained on, and the text falls apart; max_window = max_seq_len keeps it in shape by forgetting what is

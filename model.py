@@ -25,7 +25,7 @@ class ModelConfig:
 
     n_layer: Annotated[int, "number of Blocks"] = 12
     n_head: Annotated[int, "query heads"] = 12
-    n_kv_head: Annotated[int, "KV heads; 0: by `attention` (mha: n_head, mqa: 1, gqa: the divisor nearest n_head / 4)"] = 0
+    n_kv_head: Annotated[int, "KV heads; 0: by `attention` (mha: n_head, mqa: 1, gqa: the divisor nearest n_head // 4)"] = 0
     n_embd: Annotated[int, "width of the residual stream"] = 768
     head_dim: Annotated[int, "width of a head; 0: n_embd / n_head"] = 0
     max_seq_len: Annotated[int, "context length in tokens"] = 1024

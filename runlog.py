@@ -3,7 +3,7 @@
     config.json    resolved settings, costs per token, device, library versions, git commit
     metrics.jsonl  one JSON object per line, flushed as it is written: the truth
     samples.txt    what the model wrote at each evaluation
-    wandb/         a mirror of the three, when asked for
+    wandb/         a mirror of the three, unless wandb=disabled
 """
 
 import contextlib

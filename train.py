@@ -283,7 +283,7 @@ def resume(model, optimizer, config, data):
         if folder:  # the same run goes on; from other weights, a new one may train in its own way
             if not isinstance(saved.get("train"), dict):
                 raise UserError(
-                    f"{source} does not say how it was trained: its state.json lacks train, as older versions wrote it; "
+                    f"{source} does not say how it was trained: its state.json lacks train; "
                     f"give another out_dir, and --init_from={config.out_dir} to start from its weights"
                 )
             there |= saved["train"]
@@ -351,9 +351,9 @@ class FiniteGuard:
             ranks = report[:-1].nonzero().flatten().tolist()
             where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else f"the gradient norm (rank {self.process.rank})"
             raise UserError(
-                f"{where} is not finite at step {int(self.first.item())}; training stopped before that update, earlier "
-                f"checkpoints are whole; look at the data of that step, or take a lower learning_rate in another out_dir, where "
-                f"init_from goes on from these weights"
+                f"{where} is not finite at step {int(self.first.item())}; training stopped before that update and saved "
+                f"nothing more; look at the data of that step, or take a lower learning_rate in another out_dir, where init_from "
+                f"goes on from the newest checkpoint's weights"
             )
         return report[-1].item() > 0
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from benchmarks.measure import captured, leave_out, median_ms, write_results
 from benchmarks.plots import NAMES, pyplot
 from kernels import reference
+from model import mean_visible_keys
 
 Shape = namedtuple("Shape", "B H H_kv T D window")
 SHAPES = [
@@ -50,9 +51,7 @@ def shape_of(row):
 
 def attention_flops(shape):
     """Of the forward pass; backward counts 2.5 times as many. Two products, two operations each, per visible pair."""
-    W = shape.window if 0 < shape.window < shape.T else shape.T
-    pairs = W * (W + 1) // 2 + (shape.T - W) * W
-    return 4 * shape.B * shape.H * shape.D * pairs
+    return 4 * shape.B * shape.H * shape.D * shape.T * mean_visible_keys(shape.T, shape.window)
 
 
 def time_attention(shape, config):

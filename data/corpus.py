@@ -1,7 +1,7 @@
 """Where the text comes from: documents, each a str or the Path of a text file, for `data/prepare.py` to tokenise.
 
 A file is a document; in .jsonl and .parquet a row is. The hub's data sets are streamed. Nothing here holds more than
-a few documents in memory.
+a few hundred documents in memory.
 """
 
 import hashlib

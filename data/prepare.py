@@ -48,7 +48,7 @@ from data.loader import folder_of
 
 PIECE = 1 << 20  # characters read, tokenised and handed between processes at a time
 
-DEFAULTS = {  # NAME: (tokenizer, val_fraction, the keys that belong to this NAME alone)
+DEFAULTS = {  # NAME: (tokenizer, val_fraction, the keys that it takes and another NAME does not)
     "stdlib": ("byte", 0.1, ()),
     "shakespeare": ("char", 0.1, ("input",)),
     "files": ("r50k_base", 0.1, ("input", "glob", "text_key")),

@@ -1,7 +1,8 @@
 """Causal and sliding-window attention through torch's scaled_dot_product_attention: the fast path without Triton.
 
 Plain causal attention is one call. A window is cut into blocks of queries, each with the few keys that the block can
-see: time and memory grow with T * window, and no mask is larger than a block's queries times the keys they see.
+see: time and memory grow with T * window. No mask is larger than a block's queries, of all heads of a group, times the
+keys they see.
 """
 
 import torch
@@ -11,7 +12,7 @@ from kernels.reference import visible
 
 
 def attention(q, k, v, window=0, scale=None):
-    """The same function as `reference.attention`: shapes, window and errors are described there."""
+    """The same function as `reference.attention`: shapes and window are described there."""
     T_q, T_k = q.shape[1], k.shape[1]
     if T_q == T_k and (window == 0 or window >= T_k):
         out = F.scaled_dot_product_attention(

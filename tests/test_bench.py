@@ -28,7 +28,10 @@ def test_an_unknown_measurement_is_one_line(words):
     assert result.returncode == 2 and "one of attention, train, decode, engine" in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag, words", [("--rounds=0", "1 or more, got 0"), ("--peers=ours,cuddn", "got cuddn")])
+@pytest.mark.parametrize(
+    "flag, words",
+    [("--rounds=0", "1 or more, got 0"), ("--peers=ours,cuddn", "got cuddn"), ("--peers=fa2", "takes ours and any others, got fa2")],
+)
 def test_wrong_flags_are_one_line(flag, words):
     result = script("bench.py", "engine", flag, check=False)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
