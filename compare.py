@@ -9,8 +9,10 @@ into --out: table.json, table.md, curves.png, curves.svg, and in runs/ what was 
 table can be made again without the run folders.
 
 Runs of one variant with different seeds become one column with means, and a band in the plot. A difference between two
-variants counts only outside its 95% band, by Student's t from the spread of the seeds (`seed_noise`), pooled over all
-variants that have several. Without a second seed of any variant nothing is known about noise, and no difference counts.
+variants' final losses counts only outside its 95% band, by Student's t from the spread of the seeds' final losses, pooled
+over all variants that have several. Without a second seed of any variant nothing is known about noise, and no difference
+counts; with a single pair the band is wide. Earlier evaluations would add next to nothing: a run that is above its twin
+late in training stays there.
 
 The standard error beside a final loss is over the sequences of the evaluation set. All runs share these, so it is no
 band for differences.
@@ -108,16 +110,15 @@ def row_of(label, group, target_loss, decode):
     finals = [found.last_evaluation() for found in group]
     reached = [tokens_until(found, target_loss) for found in group]
     speeds = [found.speed for found in group]
-    noise, freedom = seed_noise(group)
+    losses = [row["val/loss"] for row in finals]
     return {
         "variant": label,
         "seeds": len(group),
         **{key: facts["model"][key] for key in ("n_kv_head", "window", "window_pattern")},
         "params": facts["params"],
-        "final_loss": statistics.fmean(row["val/loss"] for row in finals),
+        "final_loss": statistics.fmean(losses),
         "final_stderr": statistics.fmean(row.get("val/stderr", math.nan) for row in finals),
-        "seed_deviation": math.sqrt(noise) if freedom else None,
-        "seed_freedom": freedom,
+        "seed_deviation": statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None,
         "best_loss": statistics.fmean(min(found.column("val/loss")) for found in group),
         "tokens_per_s": statistics.fmean(speeds),
         "mfu": mean_of(statistics.median, group, "mfu"),
@@ -201,28 +202,6 @@ def tokens_until(found, loss):
     return None
 
 
-def common_losses(group):
-    """{step: validation losses of all seeds}, at the steps at which each of them was evaluated."""
-    by_step = [{row["step"]: row["val/loss"] for row in found.with_finite("val/loss")} for found in group]
-    return {step: [losses[step] for losses in by_step] for step in by_step[0] if all(step in each for each in by_step)}
-
-
-def seed_noise(group):
-    """(variance of the validation loss between the seeds of a variant, its degrees of freedom, 0 for a single seed).
-
-    The final losses of two seeds say next to nothing about noise: one degree of freedom. The noise does not grow late in
-    training, so the mean over all evaluations of the last half says more; where it still shrinks, the band is too wide.
-    But these evaluations resemble one another (in 24 runs of a tiny model each is correlated with the last by 0.88 or
-    more), so all of them count as two draws at most. Differences are not taken seed by seed: in those runs, two variants
-    with the same seed differed by as much, in the end, as with different seeds.
-    """
-    losses = common_losses(group)
-    late = [losses[step] for step in losses if 2 * step > max(losses)]
-    if len(group) == 1 or not late:
-        return 0.0, 0
-    return statistics.fmean(map(statistics.variance, late)), (len(group) - 1) * min(2, max(1, len(late) // 2))
-
-
 # Student's t: 95% of draws lie within so many standard errors, by degrees of freedom; 2.2 or less above.
 STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23}
 
@@ -231,17 +210,16 @@ def verdicts(rows):
     """One line on each variant against the first, or against MHA where there is one."""
     base = next((row for row in rows if row["variant"].split()[0] == "mha"), rows[0])
     others = [row for row in rows if row is not base and math.isfinite(row["final_loss"] - base["final_loss"])]
-    repeated = [row for row in rows if row["seed_freedom"]]
-    freedom = sum(row["seed_freedom"] for row in repeated)
+    repeated = [row for row in rows if row["seed_deviation"] is not None]
+    freedom = sum(row["seeds"] - 1 for row in repeated)
     lines = []
     if freedom and others:
-        deviation = math.sqrt(sum(row["seed_freedom"] * row["seed_deviation"] ** 2 for row in repeated) / freedom)
+        deviation = math.sqrt(sum((row["seeds"] - 1) * row["seed_deviation"] ** 2 for row in repeated) / freedom)
         names = ", ".join(f"{row['seeds']} seeds of {row['variant']}" for row in repeated)
         lines.append(
-            f"Noise: over the evaluations of the last half, {names} differ by a standard deviation of {deviation:.4f}. "
-            f"A difference of final losses counts if it lies outside the 95% band (Student's t, {freedom} "
-            f"degree{'s' if freedom > 1 else ''} of freedom). The band is for one comparison: the more of them, the likelier that "
-            "one shows a difference where there is none."
+            f"Noise: final losses of the same variant have a standard deviation of {deviation:.4f} ({names}). A difference counts "
+            f"if it lies outside the 95% band (Student's t, {freedom} degree{'s' if freedom > 1 else ''} of freedom). The band is "
+            "for one comparison: the more of them, the likelier that one shows a difference where there is none."
         )
     elif others:
         lines.append("Noise: unknown, so no difference counts; train a variant again with another --seed.")
@@ -357,6 +335,12 @@ def write(out, results, runs):
     if others := sorted(path.name for path in (out / "runs").iterdir() if path.name not in names):
         print(f"\n{out / 'runs'} also holds runs that are not in this table: {', '.join(others)}")
         print("(from earlier comparisons; remove them if you do not want them)")
+
+
+def common_losses(group):
+    """{step: validation losses of all seeds}, at the steps at which each of them was evaluated."""
+    by_step = [{row["step"]: row["val/loss"] for row in found.with_finite("val/loss")} for found in group]
+    return {step: [losses[step] for losses in by_step] for step in by_step[0] if all(step in each for each in by_step)}
 
 
 def plot(variants, results, path):

@@ -9,8 +9,8 @@ import torch
 
 from config import UserError
 
-# Dense bf16 matrix products without sparsity, TFLOP/s, from the vendors' data sheets. A name counts where it ends
-# torch.cuda.get_device_name, or only a memory size or "-SXM4" follows: the RTX 4090 Laptop GPU is another one.
+# Dense bf16 matrix products without sparsity, TFLOP/s, from the vendors' data sheets. A name counts where only a memory size
+# or a form like "-SXM4-40GB" follows: the RTX 4090 Laptop GPU is another one, and a MIG slice is a part of one.
 PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -28,6 +28,7 @@ PEAK_TFLOPS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
+WHOLE_GPU = r"( \d+GB?[\w ]*|-(SXM|PCIE)[\w-]*)?$"
 
 
 def pick_device(name, index=0):
@@ -55,7 +56,7 @@ def device_name(device):
 def peak_flops(device):
     """Peak FLOP/s of the device in bf16, or None when it is not in the table: then no MFU is shown."""
     name = device_name(device)
-    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if re.search(rf"\b{known}( \d|-|$)", name)), None)
+    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if re.search(rf"\b{known}{WHOLE_GPU}", name)), None)
 
 
 def peak_memory_gib(device):

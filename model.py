@@ -209,10 +209,13 @@ class Block(nn.Module):
         return self.after(x, attend(self.attn, q, k, v, self.attn.window))
 
     def before(self, x, rope):
+        """All before attention: (B, T, n_embd) to q, k and v. Apart from `after`, so that decoding can compile both without
+        the attention between them."""
         return self.attn.heads_of(self.attn_norm(x), rope)
 
-    def after(self, x, y):
-        x = x + self.dropout(self.attn.out(y.flatten(2)))
+    def after(self, x, attended):
+        """All behind attention, whose output is (B, T, H, D)."""
+        x = x + self.dropout(self.attn.out(attended.flatten(2)))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

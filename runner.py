@@ -1,7 +1,7 @@
 """The device's side of the engine: K and V in pages, a step of the model over packed tokens, CUDA graphs.
 
-    pieces of a step -> pack      one int32 block on the host: tokens, positions, slots, tables, lengths, how to draw
-                     -> copy      of the block to the device
+    pieces of a step -> pack      one int32 buffer on the host: tokens, positions, slots, tables, lengths, how to draw
+                     -> copy      of the buffer to the device
                      -> compute   the model with attention over pages, and drawing; or the replay of a graph of that
                      -> copy      of the drawn ids to the host, and an event behind it
                      -> read      waits for the event
@@ -13,7 +13,7 @@ dense kernel:
     model.features(tokens, attend, positions) -> layer: q, k, v -> k, v into their slots -> attention over pages
 
 `launch` does all but the last and waits for nothing: the host may launch step n + 1 before it reads what step n drew.
-A token that is not read yet stands in the block as -1 - i, for row i of `drawn`, which stays on the device.
+A token that is not read yet stands in the buffer as -1 - i, for row i of `drawn`, which stays on the device.
 
 On CUDA a step in which all sequences decode is padded to one of a few numbers of rows; a padding row has length 0 and
 slot -1, which attention and writing skip. The first step of a shape runs as it is and is then captured as a graph, which
@@ -59,9 +59,9 @@ class Shape(NamedTuple):
 
 
 class StepInputs:
-    """Named views of a step's block of int32 numbers: of a numpy array on the host, of a tensor on the device."""
+    """Named views of a step's buffer of int32 numbers: of a numpy array on the host, of a tensor on the device."""
 
-    def __init__(self, shape, buffer, float32):
+    def __init__(self, shape, buffer, float_type):
         views = iter([buffer[place] for place in layout(shape)[0]])
         # N tokens, S sequences, R rows to draw
         self.tokens, self.positions = next(views), next(views)  # (N,)
@@ -69,13 +69,14 @@ class StepInputs:
         self.seq_lens, self.cu_seqlens = next(views), next(views)  # (S,), (S + 1,)
         self.page_tables = [next(views).reshape(shape.num_seqs, width) for width in shape.widths]
         self.last_rows = next(views)  # (R,) of the N, behind which a token is drawn
-        self.limits = Limits(*(x if name == "top_k" else x.view(float32) for name, x in zip(Limits._fields, views)))
+        limits = Limits(*views)
+        self.limits = Limits(*(x.view(float_type) for x in limits))._replace(top_k=limits.top_k)
 
 
 @lru_cache(maxsize=1024)  # steps that decode come again and again, those with prompts seldom
 def layout(shape):
-    """(where the views of a step's block are, how long it is)"""
-    N, S, R, widths = shape[:4]
+    """(where the views of a step's buffer are, how long it is)"""
+    N, S, R, widths = shape.num_tokens, shape.num_seqs, shape.num_draws, shape.widths
     sizes = [N, N, *(N for _ in widths), S, S + 1, *(S * width for width in widths), R, *(R for _ in Limits._fields)]
     places, end = [], 0
     for size in sizes:
@@ -94,7 +95,7 @@ def bucket(num_seqs):
 
 class Graph(NamedTuple):
     graph: object
-    buffer: torch.Tensor  # the block that it reads
+    buffer: torch.Tensor  # that it reads
     outputs: tuple[torch.Tensor, ...]
 
 
@@ -154,7 +155,7 @@ class Runner:
         return drawn
 
     def pack(self, pieces, tables):
-        """The Shape of a step and its block, a tensor on the host."""
+        """The Shape of a step and its buffer, a tensor on the host."""
         page_size = self.page_size
         counts = np.array([len(piece.tokens) for piece in pieces])
         starts = np.array([piece.start for piece in pieces])
@@ -168,17 +169,17 @@ class Runner:
 
         # memory of its own for every step: torch does not hand it out again before the copy to the device is over
         host = torch.zeros(layout(shape)[1], dtype=torch.int32, pin_memory=self.on_cuda)
-        block = StepInputs(shape, host.numpy(), np.float32)
+        inputs = StepInputs(shape, host.numpy(), np.float32)
         n = int(counts.sum())
-        block.tokens[:n] = list(chain.from_iterable(piece.tokens for piece in pieces))
+        inputs.tokens[:n] = list(chain.from_iterable(piece.tokens for piece in pieces))
         cu_seqlens = np.arange(shape.num_seqs + 1)  # padding has one query token a row
         cu_seqlens[1 : len(pieces) + 1] = counts.cumsum()
-        block.cu_seqlens[:] = cu_seqlens
-        block.positions[:n] = positions = np.arange(n) + np.repeat(starts - cu_seqlens[: len(pieces)], counts)
-        block.seq_lens[: len(pieces)] = seq_lens
+        inputs.cu_seqlens[:] = cu_seqlens
+        inputs.positions[:n] = positions = np.arange(n) + np.repeat(starts - cu_seqlens[: len(pieces)], counts)
+        inputs.seq_lens[: len(pieces)] = seq_lens
         rows_of_tokens = np.repeat(rows, counts)
         last_pages = (seq_lens - 1)[:, None] // page_size
-        for group, table, slots, view in zip(self.groups, tables, block.slot_mapping, block.page_tables):
+        for group, table, slots, view in zip(self.groups, tables, inputs.slot_mapping, inputs.page_tables):
             columns = positions // page_size % table.shape[1]
             slots[:n] = table[rows_of_tokens, columns] * page_size + positions % page_size
             slots[n:] = -1
@@ -190,9 +191,9 @@ class Runner:
                 width = min(width, table.shape[1])
                 view[: len(pieces), :width] = table[rows, :width]
         last_rows = cu_seqlens[1 : len(pieces) + 1] - 1
-        block.last_rows[: len(drawing)] = last_rows[draws]
+        inputs.last_rows[: len(drawing)] = last_rows[draws]
         if shape.style.draws:
-            self.drawing.fill(block.limits, seq_lens[draws])
+            self.drawing.fill(inputs.limits, seq_lens[draws])
         return shape, host
 
     def shape_of(self, counts, longest):
@@ -211,30 +212,30 @@ class Runner:
     @torch.inference_mode()
     def compute(self, shape, buffer, lengths):
         """The step itself, in operations that a graph can hold. Returns (ids,) or ids and `sampling.logprobs`."""
-        block = StepInputs(shape, buffer, torch.float32)
+        inputs = StepInputs(shape, buffer, torch.float32)
         lengths = StepInputs(shape, lengths, torch.float32)  # of the host, for those who read them there
-        waiting = self.drawn.index_select(0, (-1 - block.tokens).clamp(min=0))
-        tokens = torch.where(block.tokens < 0, waiting, block.tokens)
-        attend = partial(self.attend, shape, block, lengths)
-        x = self.model.features(tokens[None], attend, block.positions)  # (1, N, n_embd)
+        waiting = self.drawn.index_select(0, (-1 - inputs.tokens).clamp(min=0))
+        tokens = torch.where(inputs.tokens < 0, waiting, inputs.tokens)
+        attend = partial(self.attend, shape, inputs, lengths)
+        x = self.model.features(tokens[None], attend, inputs.positions)  # (1, N, n_embd)
         if not shape.num_draws:
             return ()
-        x = x[0].index_select(0, block.last_rows)  # only their logits are needed
+        x = x[0].index_select(0, inputs.last_rows)  # only their logits are needed
         logits = self.model.logits(x)[:, : self.vocab_size]
-        ids = self.draw(logits, block.limits, shape.style)
+        ids = self.draw(logits, inputs.limits, shape.style)
         tokens = ids.clamp(min=0)  # -1 has neither embedding nor logit
         self.drawn[: shape.num_draws] = tokens
         alternatives = shape.style.logprobs
         return (ids,) if alternatives is None else (ids, *logprobs(logits, tokens, alternatives))
 
-    def attend(self, shape, block, lengths, layer, q, k, v, window):
+    def attend(self, shape, inputs, lengths, layer, q, k, v, window):
         """The `attend` of a step, once it is bound to it: q (1, N, H, D), k and v (1, N, H_kv, D) to (1, N, H, D)."""
         group, index = self.place[layer.index]
         pages = self.k[index], self.v[index]
-        self.write_pages(k[0], v[0], *pages, block.slot_mapping[group])
+        self.write_pages(k[0], v[0], *pages, inputs.slot_mapping[group])
         window = self.groups[group].window  # that of the layer, or the engine's max_window
         bounds = {"max_query_len": shape.max_query_len, "max_seq_len": shape.max_seq_len}
-        where = block.page_tables[group], lengths.seq_lens, lengths.cu_seqlens
+        where = inputs.page_tables[group], lengths.seq_lens, lengths.cu_seqlens
         return self.attention(q[0], *pages, *where, window, **bounds)[None]
 
     def capture(self, shape, buffer):

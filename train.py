@@ -273,27 +273,29 @@ def resume(model, optimizer, config, data):
     folder = checkpoint.newest(config.out_dir)
     if folder and config.resume == "never":
         raise UserError(f"{config.out_dir} holds checkpoints and resume=never; give another out_dir or remove that folder")
-    source = folder or (config.init_from and checkpoint.newest(config.init_from))
-    if source is None:
+    new = {"step": 0, "time_s": 0.0}
+    if not folder and not config.init_from:
+        return new
+    source = folder or checkpoint.newest(config.init_from)
+    if not source:
         raise UserError(f"init_from={config.init_from} holds no complete checkpoint; give the out_dir of a run")
-    if source:
-        saved = checkpoint.read_state(source)
-        there = {**saved["model"], "tokenizer": saved["tokenizer"]}
-        here = {**dataclasses.asdict(model.config), "tokenizer": data.tokenizer_spec}
-        if folder:  # the same run goes on; from other weights, a new one may train in its own way
-            if not isinstance(saved.get("train"), dict):
-                raise UserError(
-                    f"{source} does not say how it was trained: its state.json lacks train; "
-                    f"give another out_dir, and --init_from={config.out_dir} to start from its weights"
-                )
-            there |= saved["train"]
-            here |= lasting_settings(config, data)
-        changed = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
-        if changed:
-            raise UserError(f"{source} was trained with other settings; give another out_dir, or mend: {'; '.join(changed)}")
-        checkpoint.load_weights(source, model)
+    saved = checkpoint.read_state(source)
+    there = {**saved["model"], "tokenizer": saved["tokenizer"]}
+    here = {**dataclasses.asdict(model.config), "tokenizer": data.tokenizer_spec}
+    if folder:  # the same run goes on; from other weights, a new one may train in its own way
+        if not isinstance(saved.get("train"), dict):
+            raise UserError(
+                f"{source} does not say how it was trained: its state.json lacks train; "
+                f"give another out_dir, and --init_from={config.out_dir} to start from its weights"
+            )
+        there |= saved["train"]
+        here |= lasting_settings(config, data)
+    changed = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
+    if changed:
+        raise UserError(f"{source} was trained with other settings; give another out_dir, or mend: {'; '.join(changed)}")
+    checkpoint.load_weights(source, model)
     if not folder:
-        return {"step": 0, "time_s": 0.0}
+        return new
     checkpoint.load_optimizer(folder, model, optimizer)
     return saved
 

@@ -81,7 +81,7 @@ class Tokens:
     """One split: its memory-mapped shards, read as one long array."""
 
     def __init__(self, folder, meta, split, seq_len):
-        self.remedy, self.vocab_size = again(folder, meta), meta["vocab_size"]
+        self.remedy, self.vocab_size = how_to_prepare_again(folder, meta), meta["vocab_size"]
         counts = [shard["tokens"] for shard in meta["splits"][split]["shards"]]
         self.files = [folder / shard["file"] for shard in meta["splits"][split]["shards"]]
         self.size = sum(counts)
@@ -132,7 +132,7 @@ def read_meta(folder):
     """meta.json, checked for what the loader relies on."""
     path = folder / "meta.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist; prepare the data: {preparing(folder)}")
+        raise UserError(f"{path} does not exist; prepare the data: {prepare_command(folder)}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         shards = [shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
@@ -144,18 +144,18 @@ def read_meta(folder):
             and all(isinstance(shard["file"], str) and index(shard["tokens"]) > 0 for shard in shards)
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again(folder)}") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {how_to_prepare_again(folder)}") from None
     if not valid:
         found = {key: meta[key] for key in ("format", "dtype", "vocab_size")}
-        raise UserError(f"{path} does not fit this version, which reads format 1, found {found}; {again(folder, meta)}")
+        raise UserError(f"{path} does not fit this version, which reads format 1, found {found}; {how_to_prepare_again(folder, meta)}")
     return meta
 
 
-def again(folder, meta=None):
-    return f"prepare it again: {preparing(folder, meta)} --overwrite=true"
+def how_to_prepare_again(folder, meta=None):
+    return f"prepare it again: {prepare_command(folder, meta)} --overwrite=true"
 
 
-def preparing(folder, meta=None):
+def prepare_command(folder, meta=None):
     """The command that prepares this folder. The one in its meta.json names another if this is a copy."""
     words = []
     with contextlib.suppress(ValueError):  # people edit JSON

@@ -1,6 +1,6 @@
 """Attention over a paged KV cache through torch's scaled_dot_product_attention: the fast path without Triton.
 
-    page_table, positions -> slots -> K, V of the visible keys gathered into one block -> one call for many sequences
+    page_table, positions -> slots -> K, V of the visible keys gathered into one batch -> one call for many sequences
 
 Only slots of visible keys are gathered, so a window bounds the work, and what lies in unused slots does not matter.
 Sequences that decode (one query token) go through in groups, each padded to its own longest; a group's K and V stay
@@ -26,8 +26,8 @@ def paged_attention(
     out = torch.zeros_like(q)
     i = 0
     while i < len(lengths):
-        if lengths[i] == 0:
-            j = i + 1  # an empty sequence: its row stays 0
+        if lengths[i] == 0 or starts[i + 1] == starts[i]:
+            j = i + 1  # an empty sequence, whose row stays 0, or one without a turn
         elif starts[i + 1] - starts[i] == 1:
             j = end_of_group(i, starts, lengths, window, GATHER_BYTES // row_bytes)
             rows = slice(starts[i], starts[j])
@@ -41,7 +41,7 @@ def paged_attention(
 
 
 def end_of_group(first, starts, lengths, window, max_tokens):
-    """One past the last of the decoding sequences, from `first` on, that fit into one gathered block."""
+    """One past the last of the decoding sequences, from `first` on, that fit into one gathered batch."""
     longest, stop = 0, first
     while stop < len(lengths) and starts[stop + 1] - starts[stop] == 1 and lengths[stop] > 0:
         longest = max(longest, visible_keys(lengths[stop], window))
@@ -59,7 +59,7 @@ def visible_keys(length, window):
 def decode(q, k_pages, v_pages, page_table, lengths, window, scale):
     """One query token a sequence: q (n, H, D), page_table (n, max_pages) to (n, H, D).
 
-    The blocks of keys end together, at each sequence's last token: shorter sequences begin with padding.
+    The keys end together, at each sequence's last token: shorter sequences begin with padding.
     """
     visible = [visible_keys(length, window) for length in lengths]
     T = max(visible)

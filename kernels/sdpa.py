@@ -1,7 +1,7 @@
 """Causal and sliding-window attention through torch's scaled_dot_product_attention: the fast path without Triton.
 
-Plain causal attention is one call. A window is cut into blocks of queries, each with the few keys that the block can
-see: time and memory grow with T * window. No mask is larger than a block's queries, of all heads of a group, times the
+Plain causal attention is one call. A window is cut into chunks of queries, each with the few keys that the chunk can
+see: time and memory grow with T * window. No mask is larger than a chunk's queries, of all heads of a group, times the
 keys they see.
 """
 
@@ -19,11 +19,11 @@ def attention(q, k, v, window=0, scale=None):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2)
-    block = min(max(window, 64), 512)
+    chunk = min(max(window, 64), 512)
     k_pos = torch.arange(T_k, device=q.device)
     outs = []
-    for start in range(T_k - T_q, T_k, block):
-        stop = min(start + block, T_k)
+    for start in range(T_k - T_q, T_k, chunk):
+        stop = min(start + chunk, T_k)
         first = max(0, start - window + 1) if window else 0
         mask = visible(k_pos[start:stop], k_pos[first:stop], window)
         rows = slice(start - (T_k - T_q), stop - (T_k - T_q))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from data.loader import TokenData, folder_of, preparing
+from data.loader import TokenData, folder_of, prepare_command
 
 
 def write_folder(folder, train, val, shard_tokens=10**9, dtype="uint32", vocab_size=1 << 20):
@@ -204,15 +204,15 @@ def test_damage_is_named(positions, case):
 )
 def test_a_copy_is_prepared_where_it_lies(tmp_path, command, expected):
     meta = {"command": f"python -m data.prepare {command}".format(tmp_path)}
-    assert preparing(tmp_path, meta) == f"python -m data.prepare {expected}".format(tmp_path)
+    assert prepare_command(tmp_path, meta) == f"python -m data.prepare {expected}".format(tmp_path)
 
 
 def test_the_usual_folder_needs_no_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     command = "python -m data.prepare stdlib"
     for meta in ({"command": command}, {}):
-        assert preparing(folder_of("stdlib"), meta) == command
-    assert preparing(Path("here"), {"command": command}) == f"{command} --out_dir={tmp_path}/here"  # "here" would be data/here
+        assert prepare_command(folder_of("stdlib"), meta) == command
+    assert prepare_command(Path("here"), {"command": command}) == f"{command} --out_dir={tmp_path}/here"  # "here" would be data/here
 
 
 def test_too_few_tokens(positions):

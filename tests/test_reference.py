@@ -192,6 +192,7 @@ def test_an_empty_sequence_gives_zeros_and_harms_no_other(attention, counts):
         ([65] * 4, [1] * 4),
         ([PAGE - 1, PAGE, PAGE + 1, 111, 64], [PAGE - 1, PAGE, PAGE + 1, 30, 1]),
         ([30, 5, 111, 2, 70], [1, 5, 1, 2, 1]),
+        ([30, 5, 60, 111, 7], [2, 0, 0, 1, 0]),  # sequences that have no turn
     ],
 )
 def test_paged_sdpa_is_the_definition(seq_lens, counts, window, dtype, monkeypatch):

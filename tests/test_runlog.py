@@ -116,13 +116,32 @@ def test_variants_have_names_of_their_own():
         assert variant(ModelConfig(**SHAPE, **flags)) == name
 
 
-def log_of(folder, step, wandb="offline", attention="gqa", seed=1, max_steps=8):
+def log_of(folder, step, wandb="offline", attention="gqa", seed=1, max_steps=8, time_s=0.0):
     """The RunLog of a run that is new, or goes on at `step`."""
     model = GPT(ModelConfig(n_layer=1, **SHAPE, attention=attention))
     config = TrainConfig(out_dir=str(folder), batch_size=2, max_steps=max_steps, wandb=wandb, seed=seed)
     data = SimpleNamespace(meta={"source": "a", "splits": {"val": {"shards": []}}, "tokenizer": {"type": "byte"}})
     folder.mkdir(exist_ok=True)
-    return RunLog(model, config, data, torch.device("cpu"), torch.float32, 1, {"step": step, "time_s": 0.0})
+    return RunLog(model, config, data, torch.device("cpu"), torch.float32, 1, {"step": step, "time_s": time_s})
+
+
+def test_speed_is_tokens_over_the_time_between_two_logs(tmp_path, monkeypatch):
+    """Of 64 tokens a step, on two devices; an evaluation takes no part. time_s goes on from the checkpoint's."""
+    now = [100.0]
+    monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    log = log_of(tmp_path, 20, wandb="disabled", max_steps=40, time_s=50.0)
+    log.tokens_per_step, log.flops_per_token, log.peak, log.world = 64, 1e6, 1e9, 2
+    for step, logged, evaluated in ((30, 105.0, 111.0), (40, 113.0, 113.0)):
+        now[0] = logged
+        log.progress(step, 1.0, 1.0, 1.0)
+        now[0] = evaluated
+        log.evaluation(step, 1.0, 0.1, "text")
+        log.restart_clock()
+    log.close(40)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["time_s"] for row in rows] == [55.0, 61.0, 63.0, 63.0]
+    assert [row["tokens_per_s"] for row in rows[::2]] == [64 * 10 / 5, 64 * 10 / 2]
+    assert [row["mfu"] for row in rows[::2]] == pytest.approx([128 * 1e6 / 2e9, 320 * 1e6 / 2e9])
 
 
 def facts_of(folder):

@@ -19,7 +19,7 @@ import train
 from config import UserError
 from data.loader import TokenData
 from model import GPT, ModelConfig, dense_attention
-from train import FiniteGuard, Process, TrainConfig, evaluate, learning_rate
+from train import FiniteGuard, Process, TrainConfig, evaluate, learning_rate, make_optimizer
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_seq_len=32", "--batch_size=8", "--learning_rate=1e-2", "--warmup_steps=5"]
 alone = Process(rank=0, world=1, device=torch.device("cpu"))
@@ -39,6 +39,8 @@ def test_ten_recorded_losses(corpus, tmp_path):
     script(*command(corpus, tmp_path / "run", "--max_steps=10", "--attention=gqa", "--n_kv_head=1", "--grad_clip=0.5"))
     recorded = [5.5608, 5.3370, 5.0487, 4.7647, 4.3419, 3.8357, 3.3703, 3.0309, 2.8288, 2.7411]
     assert list(metrics(tmp_path / "run").values()) == pytest.approx(recorded, abs=2e-3)
+    config = TrainConfig(max_steps=10, learning_rate=1e-2, warmup_steps=5)
+    assert metrics(tmp_path / "run", "lr") == {step + 1: learning_rate(step, config) for step in range(10)}
 
 
 def test_it_learns_on_every_attention_type(corpus, tmp_path):
@@ -221,6 +223,16 @@ def test_dropout_is_off_in_evaluation(corpus, tmp_path):
     script(*command(corpus, tmp_path / "without", *frozen))
     assert metrics(tmp_path / "with", "val/loss") == metrics(tmp_path / "without", "val/loss")
     assert metrics(tmp_path / "with") != metrics(tmp_path / "without")
+
+
+def test_the_optimizer_is_the_one_asked_for():
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=4))
+    config = TrainConfig(learning_rate=0.5, weight_decay=0.25, beta1=0.75, beta2=0.875)
+    matrices, vectors = make_optimizer(model, config).param_groups
+    for group, weight_decay in ((matrices, 0.25), (vectors, 0.0)):
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.75, 0.875), 1e-8)
+        assert group["weight_decay"] == weight_decay and {p.dim() > 1 for p in group["params"]} == {weight_decay > 0}
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
