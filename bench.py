@@ -22,7 +22,7 @@ from typing import Annotated
 
 import torch
 
-from config import UserError, parse, run
+from config import UserError, parse, pathname, run
 
 PEERS = ("ours", "fa2", "cudnn", "efficient", "flex", "fa3")
 
@@ -31,7 +31,7 @@ PEERS = ("ours", "fa2", "cudnn", "efficient", "flex", "fa3")
 class BenchConfig:
     """What can be chosen about a measurement."""
 
-    out_dir: Annotated[str, "where the results go"] = "results"
+    out_dir: Annotated[pathname, "where the results go"] = "results"
     peers: Annotated[str, "in attention, train and decode: which contestants, a list with commas, ours among them"] = ",".join(PEERS)
     rounds: Annotated[int, "times that each contestant takes its turn"] = 9
     sweep: Annotated[bool, "in attention and decode: growing lengths and batches, too"] = True
@@ -56,7 +56,8 @@ def main(argv):
     name = words[0]
     if NEEDS_GPU[name] and not torch.cuda.is_available():
         raise UserError(f"bench.py {name} times GPU kernels and finds no NVIDIA GPU; run it on a machine that has one")
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)  # here, so that a wrong one fails before anything is measured
+    if name != "tables":
+        Path(config.out_dir).mkdir(parents=True, exist_ok=True)  # here, so that a wrong one fails before anything is measured
     # imported here, because each needs packages that the others do without
     if name == "attention":
         from benchmarks.attention import bench_attention as measure
@@ -72,7 +73,10 @@ def main(argv):
         from benchmarks.claims import bench_claims as measure
     else:
         from benchmarks.tables import write_tables as measure
-    measure(config)
+    try:
+        measure(config)
+    except ImportError as error:  # of matplotlib, once the figures are written
+        raise UserError(f"{error}; pip install -r requirements.txt") from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import shutil
 import typing
 from pathlib import Path
@@ -43,6 +44,8 @@ def save(run_folder, model, optimizer, state, keep):
         save_file(model_tensors(model), unfinished / "model.safetensors")
         save_file(optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
         (unfinished / "state.json").write_text(json.dumps(state, indent=1))
+        for file in unfinished.glob("*.safetensors"):  # which safetensors opens to their owner alone
+            shutil.copymode(unfinished / "state.json", file)
         unfinished.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -67,8 +70,13 @@ def optimizer_tensors(model, optimizer):
 
 def complete(run_folder):
     """The checkpoints of a run, oldest first."""
-    folders = Path(run_folder, "checkpoints").glob("step-*")
-    return sorted((f for f in folders if f.name.removeprefix("step-").isdecimal()), key=step_of)
+    try:
+        folders = list(Path(run_folder, "checkpoints").iterdir())
+    except FileNotFoundError:
+        folders = []
+    except OSError as error:  # not none: a new run would be taken for the first in this folder
+        raise UserError(f"the checkpoints of {run_folder} cannot be read: {error}") from None
+    return sorted((f for f in folders if re.fullmatch(r"step-\d+", f.name)), key=step_of)
 
 
 def step_of(folder):
@@ -130,19 +138,23 @@ def read_state(folder):
         hints = typing.get_type_hints(ModelConfig, include_extras=True)
         build(ModelConfig, {key: checked(f"model.{key}", state["model"].get(key), hint) for key, hint in hints.items()})
     except (OSError, ValueError, RecursionError, UserError) as error:
-        raise damaged(folder, f"state.json: {error}") from None
+        raise damaged(folder, error, "state.json: ") from None
     return state
 
 
 def read_tensors(path):
     try:
-        return load_file(path)
+        with open(path, "rb"):  # safetensors calls whatever it may not open missing
+            return load_file(path)
     except (OSError, SafetensorError) as error:
         raise damaged(path.parent, error) from None
 
 
-def damaged(folder, error):
-    return UserError(f"checkpoint {folder} cannot be read: {error}; mend it, or remove that folder to use the one before it")
+def damaged(folder, error, where=""):
+    remedy = "mend it, or remove that folder to use the one before it"
+    if isinstance(error, PermissionError):
+        remedy = "ask its owner"
+    return UserError(f"checkpoint {folder} cannot be read: {where}{error}; {remedy}")
 
 
 def load_weights(folder, model):
@@ -179,7 +191,7 @@ def load_model(run_folder, device, dtype, which="newest"):
         raise UserError(f"no run folder {run_folder}; train first, or give the out_dir of a run")
     folder = best(run_folder) if which == "best" else newest(run_folder)
     if folder is None:
-        raise UserError(f"{run_folder} holds no complete checkpoint{' with a validation loss' * (which == 'best')}; train first")
+        raise UserError(f"{run_folder} holds no complete checkpoint{' with a validation loss' * (which == 'best')}; train first, or give the run's out_dir")
     state = read_state(folder)
     with device:
         model = GPT(build(ModelConfig, state["model"])).to(dtype)

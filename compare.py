@@ -34,17 +34,17 @@ from typing import Annotated
 
 from benchmarks import markdown, plots
 from benchmarks.runs import by_variant, distinct, is_a, lacking, load, objections, printable, read_json, value_at
-from config import UserError, parse, run, write_whole
+from config import UserError, parse, pathname, run, write_whole
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    out: Annotated[str, "folder for table, plot and what was read of the runs"] = "results/compare"
+    out: Annotated[pathname, "folder for table, plot and what was read of the runs"] = "results/compare"
     target_loss: Annotated[float, "how long until this validation loss; 0: the lowest that all runs reach"] = 0.0
-    decode: Annotated[str, "what bench.py variants wrote, on a CPU results/variants-cpu.json; the default may be missing"] = (
+    decode: Annotated[pathname, "what bench.py variants wrote, on a CPU results/variants-cpu.json; the default may be missing"] = (
         "results/variants.json"
     )
-    readme: Annotated[str, "file to put the table into, between its two marks; empty: none"] = ""
+    readme: Annotated[pathname, "file to put the table into, between its two marks; empty: none"] = ""
     force: Annotated[bool, "compare what cannot be compared, too"] = False
 
     def __post_init__(self):

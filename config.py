@@ -10,6 +10,7 @@ explanation stand together, so `--help` can never disagree with the code:
 
 import dataclasses
 import difflib
+import os
 import re
 import reprlib
 import sys
@@ -61,6 +62,11 @@ def write_whole(path, content):
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+class pathname(str):
+    """The type of a setting that is a file or folder: a `~` at its beginning means the home folder, as it does where the
+    shell replaces it, which it does not behind `--key=`."""
 
 
 def parse(argv, *schemas, usage):
@@ -165,6 +171,8 @@ def checked(key, value, hint):
     if typing.get_origin(kind) is typing.Literal:
         if value in typing.get_args(kind):
             return value
+    elif kind is pathname and type(value) is str:
+        return os.path.expanduser(value)
     elif kind is float and type(value) in (int, float):
         return float(value)
     elif type(value) is kind:

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -145,7 +146,7 @@ class RunLog:
             self.wandb.close()
         done = step == self.config.max_steps
         print(f"{self.folder}: {'done' if done else 'stopped'} at step {step}", end="")
-        print(f"; try: python sample.py {self.folder}" if done else "; the same command goes on from there", flush=True)
+        print(f"; try: python sample.py {shlex.quote(str(self.folder))}" if done else "; the same command goes on from there", flush=True)
 
 
 def set_aside(folder):

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Annotated, Literal
 
 import checkpoint
-from config import UserError, parse, run
+from config import UserError, parse, pathname, run
 from data.tokenizer import from_spec, utf8
 from device import pick_device, pick_dtype
 from engine import Engine, groups_of, pages_of_prompts
@@ -35,7 +35,7 @@ CACHE_BYTES = 2**30  # what num_pages=0 takes at most, if one sequence does not 
 @dataclass(frozen=True)
 class SampleConfig:
     prompt: Annotated[str, "text to continue; empty: start a new document"] = ""
-    prompts_file: Annotated[str, "file with a prompt on each line, instead of prompt"] = ""
+    prompts_file: Annotated[pathname, "file with a prompt on each line, instead of prompt"] = ""
     num_samples: Annotated[int, "samples of each prompt"] = 1
     max_new_tokens: Annotated[int, "length of a sample; 0: 500, or less where learned positions end"] = 0
     temperature: Annotated[float, "0: always the likeliest token; 1: as the model says; above: wilder"] = 0.8

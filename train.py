@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from config import UserError, parse, run
+from config import UserError, parse, pathname, run
 from data.loader import TokenData, folder_of
 from data.prepare import prepare_stdlib
 from data.tokenizer import from_spec
@@ -38,7 +38,7 @@ from runlog import MOVES_NO_LOSS, RunLog, claimed
 @dataclass(frozen=True)
 class TrainConfig:
     data: Annotated[str, "a name below data/, or the path of a prepared folder"] = "stdlib"
-    out_dir: Annotated[str, "run folder; wandb shows its last part as the run's name"] = "out/run"
+    out_dir: Annotated[pathname, "run folder; wandb shows its last part as the run's name"] = "out/run"
     seed: Annotated[int, "of the initial weights, the order of the data and dropout"] = 1
     batch_size: Annotated[int, "sequences per optimizer step, over all devices"] = 32
     micro_batch_size: Annotated[int, "sequences per device and forward pass; 0: the whole share, no accumulation"] = 0
@@ -58,7 +58,7 @@ class TrainConfig:
     save_interval: Annotated[int, "steps between checkpoints; the last step always has one"] = 250
     keep_checkpoints: Annotated[int, "newest checkpoints kept, besides the best"] = 2
     resume: Annotated[Literal["auto", "never"], "auto: go on from the newest checkpoint of out_dir"] = "auto"
-    init_from: Annotated[str, "run folder whose weights to start from; empty: random weights"] = ""
+    init_from: Annotated[pathname, "run folder whose weights to start from; empty: random weights"] = ""
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "auto: the best there is"] = "auto"
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], "of matrix products; auto: bfloat16 on GPUs that have it"] = "auto"
     compile: Annotated[Literal["auto", "on", "off"], "torch.compile; auto: on for CUDA"] = "auto"
@@ -103,6 +103,8 @@ def main(argv):
         rank, world, index = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     except ValueError as error:
         raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are numbers that torchrun sets: {error}; unset them") from None
+    if not 0 <= rank < world:
+        raise UserError(f"RANK={rank} is none of WORLD_SIZE={world} processes; start with torchrun, or unset both")
     process = Process(rank, world, pick_device(config.device, index))
     with claimed(config.out_dir) if rank == 0 else contextlib.nullcontext():
         if world == 1:
@@ -290,9 +292,12 @@ def resume(model, optimizer, config, data):
             )
         there |= saved["train"]
         here |= lasting_settings(config, data)
+    else:
+        here.pop("dropout")  # no part of the weights
     changed = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
     if changed:
-        raise UserError(f"{source} was trained with other settings; give another out_dir, or mend: {'; '.join(changed)}")
+        other = "out_dir" if folder else "init_from"
+        raise UserError(f"{source} was trained with other settings; give another {other}, or mend: {'; '.join(changed)}")
     checkpoint.load_weights(source, model)
     if not folder:
         return new
@@ -371,8 +376,8 @@ def evaluate(losses, data, eval_tokens, micro_batch, process):
     for start in range(process.rank * micro_batch, rows, micro_batch * process.world):
         batch = data.val_rows(eval_tokens, slice(start, min(start + micro_batch, rows)))
         whole = np.resize(batch, (micro_batch, batch.shape[1]))  # the last one repeats rows: another size is compiled anew
-        means = losses(whole).mean(dim=1)[: len(batch)]
-        sums += torch.stack([means.sum(), means.square().sum()]).cpu()
+        means = losses(whole).mean(dim=1)[: len(batch)].cpu().double()
+        sums += torch.stack([means.sum(), means.square().sum()])
     if process.world > 1:
         sums = sums.to(process.device)
         dist.all_reduce(sums)
@@ -401,6 +406,8 @@ def catch_signals():
 
     def note(number, frame):
         caught.append(signal.Signals(number).name)
+        with contextlib.suppress(OSError):  # not print, which this signal may have interrupted
+            os.write(2, f"{caught[0]}: this run saves and stops; a second one stops it without saving\n".encode())
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, note)

@@ -236,12 +236,17 @@ def by_variant(runs):
         {**found.facts["model"], **found.facts["train"], **{key: found.facts[key] for key in besides}} for found in runs
     ]
     keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key not in ATTENTION | NO_PART_OF_LABEL]
-    differing = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
+    differing = [key for key in keys if len({plain(each.get(key)) for each in settings}) > 1]
     groups = {}
     for found, each in zip(runs, settings, strict=True):
-        label = printable(" ".join([found.facts["variant"], *(f"{key}={each.get(key)}" for key in differing)]))
+        label = printable(" ".join([found.facts["variant"], *(f"{key}={plain(each.get(key))}" for key in differing)]))
         groups.setdefault(label, []).append(found)
     return groups
+
+
+def plain(value):
+    """A setting as text. wandb writes 1.0 as 1."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def printable(text):

@@ -238,8 +238,9 @@ def write_folder(folder, name, config):
     }
     for split, writer in writers.items():
         if not writer.shards:
+            left = "".join(f", left out: {count:,} {what}" for what, count in left_out.items())
             raise UserError(
-                f"{counts['train']['documents'] + counts['val']['documents']} documents of {source} with "
+                f"{counts['train']['documents'] + counts['val']['documents']} documents of {source}{left}, with "
                 f"val_fraction={val_fraction} leave the {split} split empty; change val_fraction or max_tokens, give more "
                 "text, or join it into one file, which is split by position"
             )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -83,6 +84,23 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints(tmp_path):
     assert names(tmp_path) == ["step-000001"]
     checkpoint.save(tmp_path, model, optimizer, state(3), keep=2)
     assert not leftover.exists()
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_none(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints of .* cannot be read"):
+        checkpoint.newest(tmp_path)
+
+
+def test_who_may_read_a_checkpoint_is_up_to_the_umask(tmp_path):
+    model, optimizer = make()
+    before = os.umask(0o027)
+    try:
+        folder = checkpoint.save(tmp_path, model, optimizer, state(1), keep=1)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.json"])

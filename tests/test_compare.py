@@ -240,6 +240,12 @@ def test_other_settings_that_differ_become_part_of_the_label(tmp_path, run_compa
     assert [row["variant"] for row in results["rows"]] == ["mha n_layer=4", "mha n_layer=2"]
 
 
+def test_a_number_is_the_same_setting_in_wandbs_spelling(tmp_path):
+    cases = (("a", 1, 1.0), ("b", 2, 1))
+    runs = [load(change(write_run(tmp_path / name, seed=seed), train__grad_clip=clip)) for name, seed, clip in cases]
+    assert list(by_variant(runs)) == ["mha"]
+
+
 def test_everything_that_runs_were_measured_on_is_named(tmp_path, run_compare):
     paths = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
     change(paths[1], versions={"torch": "3", "triton": "1"}, git_commit="c" * 40)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from util import repository, script
 
-from config import UserError, parse, run
+from config import UserError, parse, pathname, run
 from model import ModelConfig
 from train import TrainConfig
 
@@ -20,6 +20,7 @@ class Toy:
     mode: Annotated[Literal["slow", "fast"], "a choice"] = "slow"
     name: Annotated[str, "a string"] = ""
     flag: Annotated[bool, "a switch"] = False
+    place: Annotated[pathname, "a file or folder"] = ""
 
 
 def read(*argv):
@@ -36,6 +37,14 @@ def test_later_settings_win(tmp_path):
     assert isinstance(toy.rate, float)
     assert read("--width=9", str(tmp_path / "a.toml"))[1].width == 1
     assert read("--flag")[1].flag
+
+
+def test_a_tilde_is_the_home_folder_in_names_of_files_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a")
+    (tmp_path / "a.toml").write_text('place = "~/b"')
+    for argument in ("--place=~/b", str(tmp_path / "a.toml")):
+        assert read(argument, "--name=~/b")[1] == Toy(place="/home/a/b", name="~/b")
+    assert read("--place=b/~")[1].place == "b/~"
 
 
 @pytest.mark.parametrize(

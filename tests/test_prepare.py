@@ -114,7 +114,7 @@ def test_the_loader_reads_what_prepare_writes(tmp_path, corpus):
     assert "".join(alphabet[i] for i in rows[:, :8].ravel()) == val[: rows[:, :8].size]
 
 
-@pytest.mark.parametrize("piece", [200, 1000])
+@pytest.mark.parametrize("piece", [500, 1000])
 def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch, r50k, piece):
     monkeypatch.setattr(preparation, "PIECE", piece)
     parts = [text for text, _ in pieces(CODE)]

@@ -216,6 +216,15 @@ def test_evaluation_is_one_mean_whatever_the_batch(corpus):
         assert set(sizes) == {micro_batch}, "another size would be compiled anew"
 
 
+def test_the_standard_error_of_losses_that_hardly_differ(corpus):
+    """Squares in float32 would round to a standard error several times as large, or to none."""
+    data = TokenData(corpus, seq_len=32, seed=1)
+    each = torch.linspace(5.0, 5.0001, 7)[:, None]
+    batches = iter(each.split(1))
+    _, stderr = evaluate(lambda rows: next(batches), data, 32 * 7, 1, alone)
+    assert stderr == pytest.approx((each.double().std() / math.sqrt(7)).item(), rel=1e-4)
+
+
 def test_dropout_is_off_in_evaluation(corpus, tmp_path):
     """With nothing learned, the validation loss is that of the run without dropout."""
     frozen = ["--max_steps=1", "--learning_rate=0", "--min_lr=0"]
@@ -295,6 +304,7 @@ def test_init_from_starts_at_the_weights_of_another_run(corpus, tmp_path):
     script(*command(corpus, tmp_path / "first", "--max_steps=40"))
     script(*command(corpus, tmp_path / "second", "--max_steps=1", "--seed=2", "--beta1=0.8", f"--init_from={tmp_path / 'first'}"))
     assert metrics(tmp_path / "second")[1] < metrics(tmp_path / "first")[20]
+    script(*command(corpus, tmp_path / "dropping", "--max_steps=1", "--dropout=0.1", f"--init_from={tmp_path / 'first'}"))
     missing = script(*command(corpus, tmp_path / "third", f"--init_from={tmp_path / 'nowhere'}"), check=False)
     assert missing.returncode == 2 and "nowhere" in missing.stderr
 
