@@ -32,7 +32,7 @@ class BenchConfig:
     """What can be chosen about a measurement."""
 
     out_dir: Annotated[pathname, "where the results go"] = "results"
-    peers: Annotated[str, "in attention, train and decode: which contestants, a list with commas, ours among them"] = ",".join(PEERS)
+    peers: Annotated[str, "of attention, train, decode: contestants, with commas, ours among them"] = ",".join(PEERS)
     rounds: Annotated[int, "times that each contestant takes its turn"] = 9
     sweep: Annotated[bool, "in attention and decode: growing lengths and batches, too"] = True
 

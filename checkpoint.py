@@ -191,7 +191,8 @@ def load_model(run_folder, device, dtype, which="newest"):
         raise UserError(f"no run folder {run_folder}; train first, or give the out_dir of a run")
     folder = best(run_folder) if which == "best" else newest(run_folder)
     if folder is None:
-        raise UserError(f"{run_folder} holds no complete checkpoint{' with a validation loss' * (which == 'best')}; train first, or give the run's out_dir")
+        what = "complete checkpoint" + " with a validation loss" * (which == "best")
+        raise UserError(f"{run_folder} holds no {what}; train first, or give the run's out_dir")
     state = read_state(folder)
     with device:
         model = GPT(build(ModelConfig, state["model"])).to(dtype)

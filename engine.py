@@ -198,11 +198,13 @@ class Engine:
         total = len(prompt) + int(request.max_new_tokens)  # a number of numpy's might overflow
         lengths = f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones"
         if config.pos == "learned" and total > config.max_seq_len:
-            raise ValueError(f"{lengths} are more than the {config.max_seq_len} learned positions (max_seq_len); take fewer of either")
+            most = f"the {config.max_seq_len} learned positions (max_seq_len)"
+            raise ValueError(f"{lengths} are more than {most}; take fewer of either")
         page_size = self.tables.page_size
         pages = most_pages(self.tables.groups, page_size, total - 1)  # nobody looks at the last token
         if pages > self.num_pages:
-            raise ValueError(f"{lengths} need {pages} pages of {page_size}; num_pages is {self.num_pages}; give more, or take fewer tokens")
+            short = f"num_pages is {self.num_pages}; give more, or take fewer tokens"
+            raise ValueError(f"{lengths} need {pages} pages of {page_size}; {short}")
 
     def has_work(self):
         return bool(self.waiting or self.running)

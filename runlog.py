@@ -146,7 +146,8 @@ class RunLog:
             self.wandb.close()
         done = step == self.config.max_steps
         print(f"{self.folder}: {'done' if done else 'stopped'} at step {step}", end="")
-        print(f"; try: python sample.py {shlex.quote(str(self.folder))}" if done else "; the same command goes on from there", flush=True)
+        sampling = f"try: python sample.py {shlex.quote(str(self.folder))}"
+        print(f"; {sampling if done else 'the same command goes on from there'}", flush=True)
 
 
 def set_aside(folder):

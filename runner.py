@@ -128,7 +128,8 @@ class Runner:
         except (RuntimeError, TypeError):  # memory is out; nobody has so much: more than 64 bits can count
             need = num_pages * page_bytes(config, groups, page_size, weight.dtype) // 2**20
             raise UserError(
-                f"no memory for a cache of {num_pages} pages, {need:,} MiB; ask for fewer tokens, or give a smaller num_pages or page_size"
+                f"no memory for a cache of {num_pages} pages, {need:,} MiB; ask for fewer tokens, "
+                "or give a smaller num_pages or page_size"
             ) from None
         self.drawn = torch.zeros(bucket(max_num_seqs), dtype=torch.int32, device=self.device)  # by the step before
         self.drawing = Drawing([], vocab_size)  # of the step before

@@ -51,7 +51,7 @@ class SampleConfig:
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], "auto: bfloat16 on GPUs that have it"] = "auto"
     compile: Annotated[bool, "fuse the model's parts: half a minute first, then more tokens/s on a GPU"] = False
     page_size: Annotated[int, "tokens in a page of the KV cache"] = 16
-    num_pages: Annotated[int, "pages in the KV cache; 0: enough for all samples at once, but at most 1 GiB or what one sample needs"] = 0
+    num_pages: Annotated[int, "pages in the KV cache; 0: enough for all samples at once, at most 1 GiB or one sample's"] = 0
 
     def __post_init__(self):
         if self.prompt and self.prompts_file:

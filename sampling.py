@@ -79,7 +79,7 @@ def draw(logits, limits, style):
     lets in what is at least min_p times as likely as the likeliest token.
     """
     highest, greedy = logits.max(dim=-1)  # NaN counts as the highest
-    broken = (highest - highest).isnan()  # inf - inf and NaN - NaN are NaN; 0 * highest would be, too, but compilers make 0 of it
+    broken = (highest - highest).isnan()  # inf - inf is NaN; so is 0 * inf, but compilers make 0 of it
     if not style.draws:
         return greedy.masked_fill_(broken, -1)
     temperature, min_p = limits.temperature[:, None], limits.min_p[:, None]

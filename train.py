@@ -37,7 +37,7 @@ from runlog import MOVES_NO_LOSS, RunLog, claimed
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data: Annotated[str, "a name below data/, or the path of a prepared folder"] = "stdlib"
+    data: Annotated[pathname, "a name below data/, or the path of a prepared folder"] = "stdlib"
     out_dir: Annotated[pathname, "run folder; wandb shows its last part as the run's name"] = "out/run"
     seed: Annotated[int, "of the initial weights, the order of the data and dropout"] = 1
     batch_size: Annotated[int, "sequences per optimizer step, over all devices"] = 32
@@ -359,8 +359,8 @@ class FiniteGuard:
             where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else f"the gradient norm (rank {self.process.rank})"
             raise UserError(
                 f"{where} is not finite at step {int(self.first.item())}; training stopped before that update and saved "
-                f"nothing more; look at the data of that step, or take a lower learning_rate in another out_dir, where init_from "
-                f"goes on from the newest checkpoint's weights"
+                f"nothing more; look at the data of that step, or take a lower learning_rate in another out_dir, where "
+                f"init_from goes on from the newest checkpoint's weights"
             )
         return report[-1].item() > 0
 

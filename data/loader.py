@@ -10,7 +10,6 @@ A split is one long token array, laid over its shards; a sequence may run across
 
 import contextlib
 import json
-import os
 import shlex
 from bisect import bisect_right
 from functools import lru_cache
@@ -25,7 +24,7 @@ from config import UserError
 
 def folder_of(data):
     """The folder of the config value `data`: a path if it has a slash, else data/NAME of this repository."""
-    path = Path(os.path.expanduser(data))  # Path's own raises for ~name where nobody is called so
+    path = Path(data)
     return path if len(path.parts) > 1 or data.startswith(".") else Path(__file__).resolve().parent / data
 
 
@@ -147,7 +146,8 @@ def read_meta(folder):
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {how_to_prepare_again(folder)}") from None
     if not valid:
         found = {key: meta[key] for key in ("format", "dtype", "vocab_size")}
-        raise UserError(f"{path} does not fit this version, which reads format 1, found {found}; {how_to_prepare_again(folder, meta)}")
+        remedy = how_to_prepare_again(folder, meta)
+        raise UserError(f"{path} does not fit this version, which reads format 1, found {found}; {remedy}")
     return meta
 
 

@@ -41,7 +41,7 @@ from typing import Annotated
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, parse, run
+from config import UserError, parse, pathname, run
 from data import tokenizer as tokenizers
 from data.corpus import open_corpus
 from data.loader import folder_of
@@ -58,7 +58,7 @@ DEFAULTS = {  # NAME: (tokenizer, val_fraction, the keys that it takes and anoth
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    out_dir: Annotated[str, "folder to write; empty: data/NAME"] = ""
+    out_dir: Annotated[pathname, "folder to write; empty: data/NAME"] = ""
     overwrite: Annotated[bool, "replace the folder if it has been prepared before"] = False
     tokenizer: Annotated[str, "byte, char or a tiktoken name; empty: the usual one of NAME"] = ""
     val_fraction: Annotated[float, "share of the documents for validation; 0: the usual one of NAME"] = 0.0

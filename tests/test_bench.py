@@ -7,6 +7,7 @@ import pytest
 import torch
 from util import repository, script
 
+import bench
 from benchmarks import engine
 from benchmarks.attention import Shape, attention_flops
 from benchmarks.markdown import marked
@@ -60,6 +61,15 @@ def test_a_file_of_other_contents_is_one_line(tmp_path, name, content):
     (tmp_path / f"{name}.json").write_text(content)
     with pytest.raises(UserError, match=rf"{name}.json is not what bench.py writes .*; run python bench.py {name} again"):
         section(tmp_path)
+
+
+def test_without_matplotlib_it_ends_in_one_line(tmp_path, monkeypatch):
+    def measure(config):
+        raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr("benchmarks.variants.bench_variants", measure)
+    with pytest.raises(UserError, match="No module named 'matplotlib'; pip install"):
+        bench.main(["variants", f"--out_dir={tmp_path}"])
 
 
 def test_results_are_replaced_as_a_whole(tmp_path):

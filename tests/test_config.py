@@ -44,7 +44,8 @@ def test_a_tilde_is_the_home_folder_in_names_of_files_alone(tmp_path, monkeypatc
     (tmp_path / "a.toml").write_text('place = "~/b"')
     for argument in ("--place=~/b", str(tmp_path / "a.toml")):
         assert read(argument, "--name=~/b")[1] == Toy(place="/home/a/b", name="~/b")
-    assert read("--place=b/~")[1].place == "b/~"
+    for kept in ("b/~", "~nobody is called so/b"):
+        assert read(f"--place={kept}")[1].place == kept
 
 
 @pytest.mark.parametrize(

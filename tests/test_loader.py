@@ -230,7 +230,6 @@ def test_names_and_paths(monkeypatch, tmp_path):
     assert folder_of("some/where") == Path("some/where")
     assert folder_of(str(tmp_path)) == tmp_path
     assert folder_of("./here") == Path("here")
-    assert folder_of("~nobody here/data") == Path("~nobody here/data")
     with pytest.raises(UserError, match=r"python -m data.prepare stdlib --out_dir="):
         TokenData(tmp_path / "stdlib", 8, seed=1)
     with pytest.raises(UserError, match=rf"prepare files --input=TEXT --out_dir={repo_data}/nowhere"):  # else data/files

@@ -324,7 +324,7 @@ WRONG = {
     "missing input": (["files", "--input={}/nowhere"], "nowhere does not exist"),
     "no match": (["files", "--input={}", "--glob=*.nope"], "matches --glob=*.nope"),
     "bad glob": (["files", "--input={}", "--glob=/x"], "--glob=/x is not a pattern"),
-    "empty": (["files", "--input={}/empty.txt"], "0 documents"),
+    "empty": (["files", "--input={}/empty.txt"], "left out: 1 empty documents, with val_fraction"),
     "no val": (
         ["files", "--input={0}/empty.txt,{0}/good.jsonl", "--val_fraction=0.000001"],
         "leave the val split empty",

@@ -144,6 +144,11 @@ def test_speed_is_tokens_over_the_time_between_two_logs(tmp_path, monkeypatch):
     assert [row["mfu"] for row in rows[::2]] == pytest.approx([128 * 1e6 / 2e9, 320 * 1e6 / 2e9])
 
 
+def test_the_command_that_comes_next_can_be_pasted(tmp_path, capsys):
+    log_of(tmp_path / "a run", 8, wandb="disabled").close(8)
+    assert f"done at step 8; try: python sample.py '{tmp_path}/a run'" in capsys.readouterr().out
+
+
 def facts_of(folder):
     return json.loads((folder / "config.json").read_text())
 

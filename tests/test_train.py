@@ -125,14 +125,16 @@ def test_a_sample_that_fails_does_not_end_the_run(corpus, tmp_path, monkeypatch,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_cleanly(corpus, tmp_path, number):
     argv = [sys.executable, *command(corpus, tmp_path / "run", "--max_steps=100000")]
-    with subprocess.Popen(argv, cwd=repository, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, cwd=repository, env=environment(), **pipes) as process:
         for line in process.stdout:
             if line.startswith("step 3/"):
                 process.send_signal(number)
                 break
-        rest = process.stdout.read()
-        assert process.wait(timeout=60) == 0
+        rest, answer = process.communicate(timeout=60)
+        assert process.returncode == 0
     assert "stopped at step" in rest and "the same command goes on" in rest
+    assert answer.startswith(f"{signal.Signals(number).name}: this run saves and stops")
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
@@ -307,6 +309,12 @@ def test_init_from_starts_at_the_weights_of_another_run(corpus, tmp_path):
     script(*command(corpus, tmp_path / "dropping", "--max_steps=1", "--dropout=0.1", f"--init_from={tmp_path / 'first'}"))
     missing = script(*command(corpus, tmp_path / "third", f"--init_from={tmp_path / 'nowhere'}"), check=False)
     assert missing.returncode == 2 and "nowhere" in missing.stderr
+
+
+@pytest.mark.parametrize("rank", ["1", "-1"])
+def test_a_rank_that_is_none_of_the_processes_is_one_line(corpus, tmp_path, rank):
+    result = script(*command(corpus, tmp_path / "run", "--max_steps=1"), check=False, env={"RANK": rank})
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and f"RANK={rank} is none of WORLD_SIZE=1" in result.stderr
 
 
 @pytest.mark.parametrize(
