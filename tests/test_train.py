@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from util import counted_compilations, environment, gpu, metrics, repository, script
 
 import train
-from config import UserError
+from config import UserError, parse
 from data.loader import TokenData
 from model import GPT, ModelConfig, dense_attention
 from train import FiniteGuard, Process, TrainConfig, evaluate, learning_rate, make_optimizer
@@ -309,6 +309,12 @@ def test_init_from_starts_at_the_weights_of_another_run(corpus, tmp_path):
     script(*command(corpus, tmp_path / "dropping", "--max_steps=1", "--dropout=0.1", f"--init_from={tmp_path / 'first'}"))
     missing = script(*command(corpus, tmp_path / "third", f"--init_from={tmp_path / 'nowhere'}"), check=False)
     assert missing.returncode == 2 and "nowhere" in missing.stderr
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a")
+    _, config = parse(["--data=~/data", "--out_dir=~/run", "--init_from=~/other"], TrainConfig, usage="")
+    assert (config.data, config.out_dir, config.init_from) == ("/home/a/data", "/home/a/run", "/home/a/other")
 
 
 @pytest.mark.parametrize("rank", ["1", "-1"])
